@@ -1,0 +1,1 @@
+"""Tools that know neither models nor data sets: options, images, degradations, SSL, checkpoints, the training loop."""
