@@ -1,0 +1,692 @@
+"""Options of a run: JSON with ``//`` comments and ``key.path=value`` overrides, checked before anything is built.
+
+Every key is a typed field below, with its default and a description; ``python -m utils.utils_option`` prints the JSON
+schema that editors complete from (``options/schema.json``). The names are KAIR's. KAIR's own option files and those of
+the original SSL code run unchanged: keys that mean nothing here are accepted, collected in ``Options.unused`` and named
+once by the training script; every other unknown key is an error.
+"""
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from utils.utils_error import UserError
+
+
+def _integral(value: Any) -> Any:
+    """``4e5`` is how people write iterations; JSON reads it as a float."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Count = Annotated[int, BeforeValidator(_integral), Field(ge=0)]
+Positive = Annotated[int, BeforeValidator(_integral), Field(ge=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+InitType = Literal[
+    "default",
+    "normal",
+    "uniform",
+    "xavier_normal",
+    "xavier_uniform",
+    "kaiming_normal",
+    "kaiming_uniform",
+    "orthogonal",
+]
+
+
+class Section(BaseModel):
+    """A frozen group of options, read as ``opt.train.iterations`` or, as in KAIR, ``opt["train"]["iterations"]``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in type(self).model_fields:
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of ``key``, or ``default`` where there is no such option."""
+        return getattr(self, key, default) if key in type(self).model_fields else default
+
+
+# --------------------------------------------------------------------------------------------------------- networks
+
+
+class _Network(Section):
+    init_type: InitType = Field("default", description='weight initialisation; "default" keeps the network\'s own')
+    init_bn_type: Literal["uniform", "constant"] = Field("uniform", description="initialisation of batch norms")
+    init_gain: Rate = Field(0.2, description="gain of init_type")
+
+
+class _Generator(_Network):
+    in_nc: Positive | None = Field(None, description="input channels; null = n_channels")
+    out_nc: Positive | None = Field(None, description="output channels; null = n_channels")
+
+
+class _RRDBNetBase(_Generator):
+    nf: Positive = Field(64, description="features")
+    nb: Positive = Field(23, description="residual-in-residual dense blocks")
+    gc: Positive = Field(32, description="growth channels of a dense block")
+    use_checkpoint: bool = Field(False, description="recompute blocks in the backward pass: less memory, more time")
+
+
+class RRDBNetOptions(_RRDBNetBase):
+    net_type: Literal["rrdbnet"] = Field("rrdbnet", description="RRDBNet of ESRGAN and BSRGAN, scales 2, 3, 4")
+
+
+class RRDBNetBasicSROptions(_RRDBNetBase):
+    net_type: Literal["rrdbnet_basicsr"] = Field(
+        "rrdbnet_basicsr", description="RRDBNet with BasicSR's names; scales 2 and 1 start with a pixel-unshuffle"
+    )
+
+
+class RRDBOptions(_Generator):
+    net_type: Literal["rrdb"] = Field("rrdb", description="KAIR's RRDB, sequential names")
+    nf: Positive = Field(64, description="features (KAIR: nc)")
+    nb: Positive = Field(23, description="residual-in-residual dense blocks")
+    gc: Positive = Field(32, description="growth channels of a dense block")
+    act_mode: Literal["R", "L"] = Field("L", description="R = ReLU, L = LeakyReLU")
+    upsample_mode: Literal["upconv", "pixelshuffle", "convtranspose"] = Field("upconv", description="upsampling")
+
+
+class MSRResNetOptions(_Generator):
+    net_type: Literal["msrresnet0", "msrresnet1"] = Field("msrresnet1", description="KAIR's SRResNet variants")
+    nc: Positive = Field(64, description="features")
+    nb: Positive = Field(16, description="residual blocks")
+    act_mode: Literal["R", "L"] = Field("R", description="R = ReLU, L = LeakyReLU")
+    upsample_mode: Literal["upconv", "pixelshuffle", "convtranspose"] = Field("upconv", description="upsampling")
+
+
+class SRVGGOptions(_Generator):
+    net_type: Literal["srvgg_compact"] = Field("srvgg_compact", description="small and fast, of Real-ESRGAN")
+    nf: Positive = Field(64, description="features")
+    nc: Positive = Field(16, description="number of convolutions between the first and the last")
+    act_type: Literal["prelu", "relu", "leakyrelu"] = Field("prelu", description="activation")
+
+
+NetG = Annotated[
+    RRDBNetOptions | RRDBNetBasicSROptions | RRDBOptions | MSRResNetOptions | SRVGGOptions,
+    Field(discriminator="net_type"),
+]
+
+
+class _Discriminator(_Network):
+    in_nc: Positive | None = Field(None, description="input channels; null = n_channels")
+    base_nc: Positive = Field(64, description="features of the first layer")
+
+
+class UNetDiscriminatorOptions(_Discriminator):
+    net_type: Literal["discriminator_unet"] = Field(
+        "discriminator_unet", description="U-Net with spectral norm, one logit per pixel; patches divisible by 8"
+    )
+
+
+class PatchGANOptions(_Discriminator):
+    net_type: Literal["discriminator_patchgan"] = Field("discriminator_patchgan", description="PatchGAN of pix2pix")
+    n_layers: Positive = Field(3, description="strided layers")
+    norm_type: Literal["spectral", "batch", "instance", "batchspectral", "instancespectral"] = Field(
+        "spectral", description="normalisation"
+    )
+
+
+class VGGDiscriminatorOptions(_Discriminator):
+    net_type: Literal["discriminator_vgg_96", "discriminator_vgg_128", "discriminator_vgg_192"] = Field(
+        "discriminator_vgg_128", description="VGG style; the number is the only patch size it takes"
+    )
+    act_mode: Literal["BL", "BR"] = Field("BL", description="batch norm and LeakyReLU or ReLU")
+
+
+class VGG128SNOptions(_Discriminator):
+    net_type: Literal["discriminator_vgg_128_SN"] = Field(
+        "discriminator_vgg_128_SN", description="VGG style with spectral norm, patches of 128"
+    )
+
+
+NetD = Annotated[
+    UNetDiscriminatorOptions | PatchGANOptions | VGGDiscriminatorOptions | VGG128SNOptions,
+    Field(discriminator="net_type"),
+]
+
+
+# ------------------------------------------------------------------------------------------------ data, paths, train
+
+
+class DatasetOptions(Section):
+    """One data set. ``phase``, ``scale``, ``n_channels`` and ``seed`` are filled in from the top of the file."""
+
+    name: str = Field("", description="a name for logs and tables; null = the section's name")
+    dataset_type: Literal["sr", "blindsr", "plain", "srmask", "blindsrmask", "plainmask", "l"] = Field(
+        "sr",
+        description="sr: L from dataroot_L or by MATLAB bicubic; blindsr: L by degradation_type; plain: pairs; "
+        "...mask: with edge masks from dataroot_H_mask; l: low-quality images without ground truth",
+    )
+    dataroot_H: str | list[str] | None = Field(None, description="folder(s) of ground-truth images, read recursively")
+    dataroot_L: str | list[str] | None = Field(None, description="folder(s) of low-quality images, paired by name")
+    dataroot_H_mask: str | list[str] | None = Field(
+        None, description="folder(s) of edge masks (.mat or .png) of the H images; null = made on line from H"
+    )
+    H_size: Positive = Field(96, description="side of a training patch of H in pixels")
+    lq_patchsize: Positive | None = Field(
+        None, description="side of the L patch kept after a blind degradation; null = H_size / scale"
+    )
+    degradation_type: Literal["bsrgan", "bsrgan_light"] = Field(
+        "bsrgan", description="blindsr: bsrgan = KAIR's figures, bsrgan_light = the milder ones of the SSL paper's code"
+    )
+    shuffle_prob: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="KAIR's; plain bsrgan always shuffles")
+    use_sharp: bool = Field(False, description="blindsr: sharpen H (unsharp mask) before degrading it")
+    mask_augment: bool = Field(
+        True,
+        description="flip and turn the mask with its image; false reproduces the published code, which did not",
+    )
+    dataloader_shuffle: bool = Field(True, description="random order; false = the order of the names")
+    dataloader_num_workers: Count = Field(2, description="reading processes on each GPU; 0 = read in the main process")
+    dataloader_batch_size: Positive = Field(4, description="patches per step over all GPUs together")
+    phase: Literal["train", "test"] = Field("train", description="filled in")
+    scale: Positive = Field(4, description="filled in")
+    n_channels: Positive = Field(3, description="filled in")
+    seed: Count = Field(0, description="filled in")
+
+
+class PathOptions(Section):
+    root: str = Field("experiments", description="a run lives in root/task/{models,images,options}")
+    pretrained_netG: str | None = Field(None, description="start the generator from this checkpoint")
+    pretrained_netD: str | None = Field(None, description="start the discriminator from this checkpoint")
+    pretrained_netE: str | None = Field(None, description="start the EMA generator from this; null = a copy of G")
+    pretrained_netF: str | None = Field(
+        None, description="VGG19 weights of the perceptual loss; null = torch's own cache (downloaded if it can be)"
+    )
+
+
+class TrainOptions(Section):
+    iterations: Positive | None = Field(None, description="stop after this step; null = until interrupted, as KAIR")
+    manual_seed: Count | None = Field(None, description="null = drawn at random and written to the log")
+
+    G_lossfn_type: Literal["l1", "l2", "l2sum", "charbonnier", "ssim"] = Field("l1", description="pixel loss")
+    G_lossfn_weight: Weight = Field(1.0, description="weight of the pixel loss; 0 = off")
+    G_charbonnier_eps: Rate = Field(1e-9, description="epsilon under the root of the Charbonnier loss")
+
+    F_lossfn_type: Literal["l1", "l2"] = Field("l1", description="distance between VGG19 features")
+    F_lossfn_weight: Weight = Field(0.0, description="weight of the perceptual loss; 0 = off")
+    F_feature_layer: int | list[int] = Field(34, description="index (or indices) into torchvision's vgg19.features")
+    F_weights: Weight | list[Weight] = Field(1.0, description="a weight for each feature layer")
+    F_use_input_norm: bool = Field(True, description="normalise by ImageNet's mean and standard deviation")
+    F_use_range_norm: bool = Field(False, description="map [-1, 1] to [0, 1] first")
+
+    gan_type: Literal["gan", "ragan", "ragan_kair", "lsgan", "wgan", "softplusgan"] = Field(
+        "gan",
+        description="ragan: means over all logits (ESRGAN, BasicSR); ragan_kair: over the batch axis only, as KAIR",
+    )
+    D_lossfn_weight: Weight = Field(0.0, description="weight of the generator's adversarial loss; 0 = no GAN")
+    D_init_iters: Count = Field(0, description="train the discriminator alone for this many steps first")
+    D_update_ratio: Positive = Field(1, description="one step of the generator in this many of the discriminator")
+
+    ssl_l1_weight: Weight = Field(0.0, description="weight of the L1 distance between the similarity graphs; 0 = off")
+    ssl_kl_weight: Weight = Field(0.0, description="weight of KL(GT || SR) between the similarity graphs; 0 = off")
+    ssl_mode: Literal["auto", "pytorch", "boxsum", "cpp", "cuda"] = Field(
+        "auto", description="auto = the fastest that works here; pytorch = the readable specification (slow)"
+    )
+    kernel_size_search: Positive = Field(25, description="side of the search area, odd")
+    kernel_size_window: Positive = Field(9, description="side of the compared windows, odd")
+    sigma: Rate = Field(0.004, description="scaling factor h of the paper")
+    generalization: bool = Field(True, description="divide each pixel's graph by its sum")
+    mask_stride: Count = Field(0, description="keep 1 edge pixel in this many (a tiled identity); 0 or 1 = all")
+    mask_threshold: Annotated[float, Field(ge=0)] = Field(20.0, description="Laplacian threshold of the edge mask")
+
+    E_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="EMA of the generator; 0 = off")
+
+    G_optimizer_type: Literal["adam", "adamw"] = Field("adam", description="optimizer of the generator")
+    G_optimizer_lr: Rate = Field(1e-4, description="learning rate of the generator")
+    G_optimizer_betas: list[float] = Field([0.9, 0.999], description="Adam's betas", min_length=2, max_length=2)
+    G_optimizer_wd: Weight = Field(0.0, description="weight decay")
+    G_optimizer_clipgrad: Weight | None = Field(None, description="largest gradient norm; null or 0 = no clipping")
+    G_scheduler_type: Literal["MultiStepLR"] = Field("MultiStepLR", description="learning rate schedule")
+    G_scheduler_milestones: list[Count] = Field([], description="multiply by gamma from these steps on")
+    G_scheduler_gamma: Rate = Field(0.5, description="factor at a milestone")
+    G_param_strict: bool = Field(True, description="pretrained_netG must match in every tensor")
+
+    D_optimizer_type: Literal["adam", "adamw"] = Field("adam", description="optimizer of the discriminator")
+    D_optimizer_lr: Rate = Field(1e-4, description="learning rate of the discriminator")
+    D_optimizer_betas: list[float] = Field([0.9, 0.999], description="Adam's betas", min_length=2, max_length=2)
+    D_optimizer_wd: Weight = Field(0.0, description="weight decay")
+    D_optimizer_clipgrad: Weight | None = Field(None, description="largest gradient norm; null or 0 = no clipping")
+    D_scheduler_type: Literal["MultiStepLR"] = Field("MultiStepLR", description="learning rate schedule")
+    D_scheduler_milestones: list[Count] = Field([], description="multiply by gamma from these steps on")
+    D_scheduler_gamma: Rate = Field(0.5, description="factor at a milestone")
+    D_param_strict: bool = Field(True, description="pretrained_netD must match in every tensor")
+    E_param_strict: bool = Field(True, description="pretrained_netE must match in every tensor")
+
+    checkpoint_print: Positive = Field(200, description="log every this many steps")
+    checkpoint_test: Positive = Field(5000, description="validate every this many steps")
+    checkpoint_save: Positive = Field(5000, description="save every this many steps")
+    checkpoint_keep: Positive | None = Field(
+        None, description="keep the newest this many checkpoints and the best one; null = keep all"
+    )
+
+
+class TestOptions(Section):
+    """Validation in training and ``main_test.py``."""
+
+    tile: Count = Field(0, description="restore in tiles of this many L pixels; 0 = whole images")
+    tile_overlap: Count = Field(32, description="overlap of neighbouring tiles in L pixels")
+    param_key: str | None = Field(None, description="which weights of the file; null = params_ema, params or the file")
+    output: str | None = Field(None, description="folder for results; null = root/task/results")
+    images: Count = Field(4, description="validation: how many images go into the grid; 0 = none")
+
+
+class Options(Section):
+    """All options of a run, resolved and checked."""
+
+    task: str = Field(description="the run's name; its folder is root/task", min_length=1)
+    model: Literal["plain", "gan"] = Field("plain", description="plain = pixel losses, gan = adversarial")
+    gpu_ids: list[Count] | None = Field(None, description="GPUs by number, one process each (torchrun); null = all")
+    scale: Annotated[int, Field(ge=1, le=8)] = Field(4, description="upscaling factor, for networks and data alike")
+    n_channels: Literal[1, 3] = Field(3, description="1 = gray, 3 = RGB, for networks and data alike")
+    path: PathOptions = Field(PathOptions(), description="where the run lives and what it starts from")
+    datasets: dict[str, DatasetOptions] = Field({}, description='"train" and any number of "test..." or "val..." sets')
+    netG: NetG = Field(description="the generator")
+    netD: NetD | None = Field(None, description="the discriminator (model gan)")
+    train: TrainOptions = Field(TrainOptions(), description="losses, optimizers, schedule, checkpoints")
+    test: TestOptions = Field(TestOptions(), description="validation and testing")
+    is_train: bool = Field(True, description="filled in")
+    unused: list[str] = Field([], description="filled in: accepted keys that mean nothing here")
+
+    @property
+    def train_set(self) -> DatasetOptions | None:
+        """Options of the training set."""
+        return self.datasets.get("train")
+
+    @property
+    def test_sets(self) -> dict[str, DatasetOptions]:
+        """Options of all the other sets, by name, in the file's order."""
+        return {name: data for name, data in self.datasets.items() if name != "train"}
+
+    @property
+    def task_dir(self) -> Path:
+        """The run's folder, ``root/task``."""
+        return Path(self.path.root) / self.task
+
+
+class NetworkOptions(Section):
+    """The part of the options that ``define_G`` and ``define_D`` read."""
+
+    scale: Annotated[int, Field(ge=1, le=8)] = 4
+    n_channels: Literal[1, 3] = 3
+    is_train: bool = False
+    netG: NetG | None = None
+    netD: NetD | None = None
+
+
+# ------------------------------------------------------------------------------ what KAIR and the original SSL wrote
+
+# Keys of KAIR's files that mean nothing here, by section. They are named once, never silently dropped.
+_UNUSED_TOP = {"dist", "merge_bn", "merge_bn_startpoint", "find_unused_parameters", "use_static_graph", "opt_path"}
+_UNUSED_TOP |= {"rank", "world_size", "num_gpu", "$schema"}
+_UNUSED_PATH = {"task", "log", "models", "images", "options", "pretrained_optimizerG", "pretrained_optimizerD"}
+_UNUSED_DATASET = {"sigma", "sigma_test", "sigma_min", "sigma_max", "num_patches_per_image", "num_sampled"}
+_UNUSED_DATASET |= {"quality_factor", "quality_factor_test", "is_color", "n_channels_datasetload"}
+_UNUSED_TRAIN = {f"{net}_regularizer_{kind}step" for net in "GD" for kind in ("orth", "clip")}
+_UNUSED_TRAIN |= {f"{net}_optimizer_reuse" for net in "GD"} | {"SSL_loss_type", "SSL1_loss_type"}
+_UNUSED_NETWORK = {"ng", "reduction", "bias", "r", "n_layers", "norm_type", "nf", "nc", "nb", "gc", "act_mode"}
+_UNUSED_NETWORK |= {"upsample_mode", "upscale", "act_type", "use_checkpoint", "scale", "n_channels"}
+
+_RENAMED_TRAIN = {"SSL_loss_weight": "ssl_l1_weight", "SSL1_loss_weight": "ssl_kl_weight"}
+
+
+def _translate(raw: dict[str, Any], source: str) -> list[str]:
+    """Rewrite KAIR's and the original SSL's spellings in ``raw`` into ours; return the keys that mean nothing here."""
+    unused: list[str] = []
+
+    def drop(section: Any, prefix: str, names: Iterable[str], known: Iterable[str] = ()) -> None:
+        if isinstance(section, dict):
+            for name in [n for n in section if n in names and n not in known]:
+                del section[name]
+                if name != "$schema":
+                    unused.append(prefix + name)
+
+    train = raw.get("train")
+    if raw.get("model") == "SSL":  # the KAIR fork of the original SSL code
+        raw["model"] = "gan"
+        if isinstance(train, dict) and train.get("ssl_mode") in ("pytorch", "cuda"):
+            # There the two are one loss by two routes; here the fastest that works on this machine gives it.
+            train["ssl_mode"] = "auto"
+        for data in raw["datasets"].values() if isinstance(raw.get("datasets"), dict) else ():
+            # Its "bsrgan" is KAIR's pipeline with milder figures (recipes of the paper).
+            if isinstance(data, dict) and data.get("degradation_type") == "bsrgan":
+                data["degradation_type"] = "bsrgan_light"
+    if isinstance(train, dict):
+        renamed = dict(_RENAMED_TRAIN)
+        if "kl" in str(train.get("SSL_loss_type", "")).lower():
+            renamed = dict(zip(renamed, reversed(renamed.values()), strict=True))
+        for theirs, ours in renamed.items():
+            if theirs in train:
+                if ours in train:
+                    raise UserError(f"{source}: train.{theirs} and train.{ours} are one option: give one of them")
+                train[ours] = train.pop(theirs)
+        if train.get("gan_type") == "ragan" and "ssl" not in str(raw.get("$schema", "")):
+            pass
+        drop(train, "train.", _UNUSED_TRAIN)
+    drop(raw, "", _UNUSED_TOP)
+    drop(raw.get("path"), "path.", _UNUSED_PATH)
+    for name, data in raw["datasets"].items() if isinstance(raw.get("datasets"), dict) else ():
+        drop(data, f"datasets.{name}.", _UNUSED_DATASET)
+    for side, union in (("netG", NetG), ("netD", NetD)):
+        network = raw.get(side)
+        if not isinstance(network, dict):
+            continue
+        fields = _network_fields(union, network.get("net_type"))
+        if "nf" in fields and "nc" not in fields and "nc" in network and "nf" not in network:
+            network["nf"] = network.pop("nc")  # KAIR's rrdb and msrresnet write nc
+        elif "nc" in fields and "nf" not in fields and "nf" in network and "nc" not in network:
+            network["nc"] = network.pop("nf")
+        if fields:
+            drop(network, f"{side}.", _UNUSED_NETWORK, fields)
+    return unused
+
+
+def _network_classes(union: Any) -> dict[str, type[Section]]:
+    """``net_type`` -> class of its options."""
+    classes = union.__origin__.__args__
+    return {name: cls for cls in classes for name in cls.model_fields["net_type"].annotation.__args__}
+
+
+def _network_fields(union: Any, net_type: Any) -> Mapping[str, Any]:
+    cls = _network_classes(union).get(net_type) if isinstance(net_type, str) else None
+    return cls.model_fields if cls else {}
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+_STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*')
+
+
+def strip_comments(text: str) -> str:
+    """Blank out ``//`` comments outside strings; every other character keeps its line and column."""
+    return _STRING_OR_COMMENT.sub(lambda m: m[0] if m[0][0] == '"' else " " * len(m[0]), text)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.json")], 1)
+        hint = f"did you mean {path.parent / near[0]}?" if near else "give an option file with --opt"
+        raise UserError(f"{path}: there is no such option file; {hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a text file ({error})") from None
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                raise UserError(f"{path}: the key {key!r} stands twice in one section: remove one")
+            result[key] = value
+        return result
+
+    try:
+        raw = json.loads(strip_comments(text), object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}: line {error.lineno}, column {error.colno}: {error.msg}; check commas and quotes"
+        ) from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply for an option file") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: an option file is one {{...}} object")
+    return raw
+
+
+def _override(raw: dict[str, Any], overrides: Iterable[str]) -> None:
+    """Apply ``key.path=value``; the value is read as JSON, else taken as a string."""
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        parts = key.strip().split(".")
+        if not equals or not all(parts):
+            raise UserError(f"{text!r}: an override is written key.path=value, for example train.iterations=1000")
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = value
+        section = raw
+        for depth, part in enumerate(parts[:-1], 1):
+            inner = section.get(part)
+            if inner is None:
+                inner = section[part] = {}
+            if not isinstance(inner, dict):
+                raise UserError(f"{text!r}: {'.'.join(parts[:depth])} is a value, not a section")
+            section = inner
+        section[parts[-1]] = parsed
+
+
+def _fields_at(location: tuple[Any, ...]) -> Iterable[str]:
+    """Names that are valid in the section at ``location``."""
+    section: Any = Options
+    for part in location:
+        if part in ("netG", "netD") and section is Options:
+            section = NetG if part == "netG" else NetD
+        elif section in (NetG, NetD):
+            section = _network_classes(section)[part]
+        elif section is Options and part == "datasets":
+            section = dict
+        elif section is dict:
+            section = DatasetOptions
+        else:
+            section = section.model_fields[part].annotation
+    return section.model_fields if hasattr(section, "model_fields") else ()
+
+
+def _nearest(name: Any, valid: Iterable[str]) -> str:
+    lower = {v.lower(): v for v in valid}
+    near = difflib.get_close_matches(str(name).lower(), lower, 1, cutoff=0.6)
+    return f"did you mean {lower[near[0]]!r}?" if near else f"valid are: {', '.join(sorted(lower.values()))}"
+
+
+def _explain(error: Any) -> str:
+    """One line for one of pydantic's findings: full key path, what is wrong, the remedy."""
+    location = tuple(error["loc"])
+    shown = [str(p) for i, p in enumerate(location) if not (i == 1 and location[0] in ("netG", "netD"))]
+    # pydantic names the branch of a union it tried last; the key path ends before it.
+    shown = [p for p in shown if not re.match(r"(int|float|str|list|constrained|function|literal)[\[(-]|^(int|str)$", p)]
+    key, kind, given = ".".join(shown), error["type"], error.get("input")
+    if kind == "extra_forbidden":
+        return f"{key}: unknown key; {_nearest(location[-1], _fields_at(location[:-1]))}"
+    if kind == "missing":
+        return f"{key}: is required and missing"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        valid = _network_classes(NetG if location[0] == "netG" else NetD)
+        given = given.get("net_type") if isinstance(given, dict) else given
+        if kind == "union_tag_not_found":
+            return f"{key}.net_type: is required and missing; valid are: {', '.join(sorted(valid))}"
+        return f"{key}.net_type: {given!r} is not a network of this program; {_nearest(given, valid)}"
+    if kind == "literal_error":
+        valid = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+        return f"{key}: {json.dumps(given)} is not valid; {_nearest(given, valid) if valid else error['msg']}"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{key}: must be a section {{...}}, not {json.dumps(given)}"
+    message = error["msg"].replace("Input should be", "must be").replace("Input should", "must")
+    return f"{key}: {message[0].lower() + message[1:]}, not {json.dumps(given, default=str)}"
+
+
+def _validate(cls: type[Any], raw: dict[str, Any], source: str) -> Any:
+    try:
+        return cls.model_validate(raw)
+    except ValidationError as error:
+        found = list(dict.fromkeys(_explain(e) for e in error.errors()))
+        # A wrong value in a union is reported once per branch; the first line says it all for one key.
+        found = list({line.split(":")[0]: line for line in reversed(found)}.values())[::-1]
+        more = f" (and {len(found) - 1} more: {', '.join(f.split(':')[0] for f in found[1:4])})" if found[1:] else ""
+        raise UserError(f"{source}: {found[0]}{more}") from None
+
+
+# -------------------------------------------------------------------------------------------------------- resolving
+
+
+def _with_channels(network: Any, n_channels: int, side: str, source: str) -> Any:
+    """``in_nc`` and ``out_nc`` come from ``n_channels``; a file that states another number contradicts itself."""
+    update = {}
+    for name in ("in_nc", "out_nc"):
+        if name in type(network).model_fields:
+            given = getattr(network, name)
+            if given not in (None, n_channels):
+                raise UserError(f"{source}: {side}.{name}: {given} contradicts n_channels {n_channels}; remove it")
+            update[name] = n_channels
+    return network.model_copy(update=update)
+
+
+def patch_size(data: DatasetOptions) -> int:
+    """Side of the H patch that reaches the losses, in pixels."""
+    if data.lq_patchsize and data.dataset_type.startswith("blindsr"):
+        return data.lq_patchsize * data.scale
+    return data.H_size
+
+
+def _problems(opt: Options) -> Iterator[str]:
+    """What is valid key by key but cannot work together: the first of these is the error."""
+    train, data = opt.train, opt.train_set
+    scales = {"rrdbnet_basicsr": (1, 2, 4), "srvgg_compact": range(1, 9)}.get(opt.netG.net_type, (2, 3, 4))
+    if opt.scale not in scales:
+        yield f"scale: {opt.netG.net_type} is made for scales {', '.join(map(str, scales))}, not {opt.scale}"
+    for name in opt.test_sets:
+        if not name.startswith(("test", "val")):
+            yield f"datasets.{name}: a set is called train, or its name begins with test or val"
+    for name, d in opt.datasets.items():
+        key = f"datasets.{name}"
+        if name == "train" and d.dataset_type == "l":
+            yield f"{key}.dataset_type: l has no ground truth to train on; use sr, blindsr or plain"
+        if d.dataset_type == "l" and d.dataroot_L is None:
+            yield f"{key}.dataroot_L: is required for dataset_type l: the folder of the images to restore"
+        if d.dataset_type.startswith("plain") and (d.dataroot_L is None or d.dataroot_H is None):
+            yield f"{key}: dataset_type {d.dataset_type} needs both dataroot_L and dataroot_H"
+        if d.dataset_type != "l" and d.dataroot_H is None:
+            yield f"{key}.dataroot_H: is required: the folder of the ground-truth images"
+        if name == "train" and d.H_size % opt.scale:
+            yield f"{key}.H_size: {d.H_size} must be divisible by scale {opt.scale}"
+        if d.lq_patchsize and d.lq_patchsize * opt.scale > d.H_size:
+            yield f"{key}.lq_patchsize: {d.lq_patchsize} x scale {opt.scale} is larger than H_size {d.H_size}"
+    if opt.test.tile and opt.test.tile_overlap >= opt.test.tile:
+        yield f"test.tile_overlap: {opt.test.tile_overlap} must be smaller than test.tile {opt.test.tile}"
+    if not opt.is_train:
+        return
+    if data is None:
+        yield "datasets.train: is required for training"
+        return
+    for name in ("kernel_size_search", "kernel_size_window"):
+        if getattr(train, name) % 2 == 0:
+            yield f"train.{name}: must be odd, not {getattr(train, name)}"
+    if train.kernel_size_window > train.kernel_size_search:
+        yield (
+            f"train.kernel_size_window: {train.kernel_size_window} must not be larger than "
+            f"kernel_size_search {train.kernel_size_search}"
+        )
+    size = patch_size(data)
+    with_ssl = train.ssl_l1_weight > 0 or train.ssl_kl_weight > 0
+    if with_ssl and size <= train.kernel_size_search // 2:
+        yield (
+            f"train.kernel_size_search: {train.kernel_size_search} needs patches larger than "
+            f"{train.kernel_size_search // 2} pixels, not {size}"
+        )
+    for side in "GD":
+        betas = getattr(train, f"{side}_optimizer_betas")
+        if not all(0 <= b < 1 and math.isfinite(b) for b in betas):
+            yield f"train.{side}_optimizer_betas: each must lie in [0, 1), not {betas}"
+    layers = train.F_feature_layer if isinstance(train.F_feature_layer, list) else [train.F_feature_layer]
+    weights = train.F_weights if isinstance(train.F_weights, list) else [train.F_weights]
+    if len(layers) != len(weights):
+        yield f"train.F_weights: {len(weights)} weights for {len(layers)} layers in F_feature_layer"
+    for layer in layers:
+        if not 0 <= layer <= 36:
+            yield f"train.F_feature_layer: {layer} is not an index into vgg19.features (0 to 36)"
+    if opt.model == "plain" and not train.G_lossfn_weight and not with_ssl:
+        yield "train.G_lossfn_weight: all losses of the generator have weight 0: nothing to train"
+    if opt.model == "gan":
+        if not (train.G_lossfn_weight or train.F_lossfn_weight or train.D_lossfn_weight or with_ssl):
+            yield "train: all losses of the generator have weight 0: nothing to train"
+        if opt.netD is None:
+            yield "netD: is required for model gan (for example discriminator_unet)"
+        elif opt.netD.net_type == "discriminator_unet" and size % 8:
+            yield f"netD.net_type: discriminator_unet takes patches divisible by 8, not {size}"
+        elif (only := re.search(r"vgg_(\d+)", opt.netD.net_type)) and int(only[1]) != size:
+            yield f"netD.net_type: {opt.netD.net_type} takes patches of {only[1]} pixels, not {size}"
+
+
+def parse(path: str | Path, is_train: bool = True, overrides: Iterable[str] = ()) -> Options:
+    """Read, override, check and resolve an option file.
+
+    Args:
+        path: the JSON file; ``//`` starts a comment outside strings.
+        is_train: whether the file is used for training; testing needs no training set and no discriminator.
+        overrides: ``key.path=value`` strings, applied in order on top of the file.
+
+    Returns:
+        The frozen options; keys that were accepted but mean nothing here are listed in ``unused``.
+
+    Raises:
+        UserError: one line with the file, the full key path, what is wrong and the nearest valid name.
+    """
+    source = str(path)
+    raw = _read(Path(path))
+    _override(raw, overrides)
+    for filled_in in ("is_train", "unused"):
+        raw.pop(filled_in, None)  # a run's own saved options can be given again
+    unused = _translate(raw, source)
+    if not is_train:
+        raw.pop("netD", None)
+    opt: Options = _validate(Options, raw, source)
+
+    datasets = {
+        name: data.model_copy(
+            update={
+                "name": data.name or name,
+                "phase": "train" if name == "train" else "test",
+                "scale": opt.scale,
+                "n_channels": opt.n_channels,
+                "seed": opt.train.manual_seed or 0,
+            }
+        )
+        for name, data in opt.datasets.items()
+    }
+    opt = opt.model_copy(
+        update={
+            "is_train": is_train,
+            "unused": unused,
+            "datasets": datasets,
+            "netG": _with_channels(opt.netG, opt.n_channels, "netG", source),
+            "netD": opt.netD and _with_channels(opt.netD, opt.n_channels, "netD", source),
+        }
+    )
+    for problem in _problems(opt):
+        raise UserError(f"{source}: {problem}")
+    return opt
+
+
+def network_options(raw: Mapping[str, Any]) -> NetworkOptions:
+    """Check a plain dict with ``scale``, ``n_channels``, ``is_train``, ``netG`` and/or ``netD``; see ``define_G``."""
+    names = NetworkOptions.model_fields
+    picked = {k: dict(v) if isinstance(v, Mapping) else v for k, v in raw.items() if k in names}
+    source = "network options"
+    _translate(picked, source)
+    opt: NetworkOptions = _validate(NetworkOptions, picked, source)
+    update = {
+        side: _with_channels(network, opt.n_channels, side, source)
+        for side, network in (("netG", opt.netG), ("netD", opt.netD))
+        if network is not None
+    }
+    return opt.model_copy(update=update)
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of an option file, for editors."""
+    result = Options.model_json_schema()
+    for filled_in in ("is_train", "unused"):
+        del result["properties"][filled_in]
+    result["properties"]["$schema"] = {"type": "string", "description": "this schema's path, for editors"}
+    return result
+
+
+if __name__ == "__main__":
+    print(json.dumps(schema(), indent=2))

@@ -1,0 +1,389 @@
+"""The self-similarity loss (SSL) of Chen, Zhang, Liang and Zhang, "SSL: A Self-similarity Loss for Improving Generative
+Image Super-resolution", ACM MM 2024 (arXiv 2408.05713). This file needs PyTorch only and can be copied into any trainer.
+
+Notation: k = ``kernel_size_search`` (side of the search area, 25), w = ``kernel_size_window`` (side of the compared
+windows, 9), r = k // 2, f = w // 2, M = number of masked pixels of the whole batch. For a masked pixel p and an offset
+d = (dy, dx), -r <= dy, dx <= r:
+
+    D_p(d) = 1 / (C w^2)  sum over channels and window positions u, |u| <= f, of
+             ( I(p + u) - I(p + d + u) )^2     where p + d + u lies in the search area of p (|d + u| <= r),
+             I(p + u)^2                        where it does not: the published code compares with zero there,
+    s_p(d) = exp(-D_p(d) / sigma),     S_p(d) = s_p(d) / (sum over d of s_p + 1e-10)     (the self-similarity graph).
+
+The image is extended by reflection. The loss compares the graphs of the output (SR) and of the ground truth (GT) at the
+same pixels: ``l1_weight * mean |S_SR - S_GT| + kl_weight * mean S_GT (ln S_GT - ln S_SR)``, means over all M k^2
+entries, both graphs clamped from below at 1e-10 in the second term.
+
+Two forms compute the distances:
+
+* ``pytorch``, the readable specification, holds M x C w^2 x k^2 numbers (6 GB for one 128 x 128 crop);
+* ``boxsum``, for training: for one offset d the sum over the window is a box sum of the squared difference between the
+  image and its shift, so all pixels share it. It works on one row of offsets at a time, forward and backward.
+"""
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_EPS = 1e-10  # of the normalisation and of the clamp in the KL term
+_logger = logging.getLogger(__name__)
+_said: set[str] = set()
+
+
+# ------------------------------------------------------------------------------------------------------------- masks
+
+
+def edge_mask(img: Tensor, threshold: float = 20.0) -> Tensor:
+    """Pixels on the dark side of an edge, where the loss is computed.
+
+    The 8-bit grey value (ITU-R 601-2, integer arithmetic as in Pillow's mode "L") is filtered with the 4-neighbour
+    Laplacian, border mirrored without repeating the edge pixel; negative responses saturate to 0. Equals the off-line
+    masks of the published preparation script bit for bit where ``img`` came from 8-bit pixels.
+
+    Args:
+        img: (N, 3, H, W) RGB or (N, 1, H, W) grey, values in [0, 1]; H, W >= 2.
+        threshold: response, in grey levels, above which (strictly) a pixel counts.
+
+    Returns:
+        (N, 1, H, W) float32 of {0, 1} on the device of ``img``.
+    """
+    if img.dim() != 4 or img.shape[1] not in (1, 3) or min(img.shape[2:]) < 2:
+        raise ValueError(f"edge_mask takes (N, 3, H, W) or (N, 1, H, W) with H, W >= 2, not {tuple(img.shape)}")
+    pixels = (img.detach().float() * 255).round().clamp(0, 255)
+    if img.shape[1] == 3:
+        # Every product and sum stays below 2^24, where float32 counts exactly; so does the division by 2^16.
+        red, green, blue = pixels.to(torch.int32).unbind(1)
+        grey = ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).float()
+    else:
+        grey = pixels[:, 0]
+    p = F.pad(grey, (1, 1, 1, 1), mode="reflect")
+    laplacian = p[:, :-2, 1:-1] + p[:, 2:, 1:-1] + p[:, 1:-1, :-2] + p[:, 1:-1, 2:] - 4 * grey
+    return (laplacian.clamp(0, 255) > threshold).float()[:, None]
+
+
+def mask_stride_pattern(height: int, width: int, stride: int) -> Tensor:
+    """The tiled identity that thins a mask: 1 where y mod stride = x mod stride, so one pixel in ``stride`` stays.
+
+    Returns (1, 1, height, width) float32 of {0, 1}, anchored at the top-left corner. A stride of 0 or 1 keeps all.
+    """
+    stride = max(1, stride)
+    y, x = torch.arange(height), torch.arange(width)
+    return (y[:, None] % stride == x % stride).float()[None, None]
+
+
+# --------------------------------------------------------------------------------------- distances: the specification
+
+
+def _distances_specification(img: Tensor, pixels: tuple[Tensor, ...], k: int, w: int) -> Tensor:
+    """D of the module docstring, word for word. ``pixels`` = (image, row, column) of each masked pixel; -> (M, k, k)."""
+    r, f = k // 2, w // 2
+    image, row, column = pixels
+    padded = F.pad(img, (r, r, r, r), mode="reflect")  # (N, C, H + 2r, W + 2r)
+    areas = padded.unfold(2, k, 1).unfold(3, k, 1)[image, :, row, column]  # (M, C, k, k), each centred at its pixel
+    # Windows are cut from the search area, not from the image: what lies outside of it is zero.
+    windows = F.pad(areas, (f, f, f, f)).unfold(2, w, 1).unfold(3, w, 1)  # (M, C, k, k, w, w)
+    centre = windows[:, :, r : r + 1, r : r + 1]  # (M, C, 1, 1, w, w), complete because w <= k
+    return (windows - centre).square().mean((1, 4, 5))
+
+
+# ------------------------------------------------------------------------------------------------ distances: box sums
+
+
+def _sums(x: Tensor, n: int, dim: int) -> Tensor:
+    """Sums of ``n`` neighbours along ``dim`` (n >= 1), which gets n - 1 shorter.
+
+    By doubling, in about log2(n) additions. Only like signs are added in the forward pass, so nothing cancels, as it
+    would in differences of a running total.
+    """
+    length = x.shape[dim] - n + 1
+    total: Tensor | None = None
+    power, width, offset = x, 1, 0
+    while True:
+        if n & 1:
+            piece = power.narrow(dim, offset, length)
+            total = piece if total is None else total + piece
+            offset += width
+        n >>= 1
+        if not n:
+            assert total is not None
+            return total
+        size = power.shape[dim] - width
+        power = power.narrow(dim, 0, size) + power.narrow(dim, width, size)
+        width *= 2
+
+
+def _inside(offset: int, r: int, f: int) -> tuple[int, int]:
+    """First and last + 1 window index (0 .. 2f) whose position offset + u lies in the search area, |offset + u| <= r."""
+    return max(-f, -r - offset) + f, min(f, r - offset) + f + 1
+
+
+class _BoxSumDistances(torch.autograd.Function):
+    """Distances of all masked pixels of a few images by box sums, one row of offsets (fixed dy) at a time.
+
+    Fields have the shape (N, rows, k, columns): at each pixel the k horizontal offsets dx. The template I(p + u) lives
+    on the image extended by f, (He, We) = (H + 2f, W + 2f); candidates on the image extended by r + f, whose outer f are
+    never read inside a search area.
+    """
+
+    @staticmethod
+    def forward(ctx, img: Tensor, image: Tensor, row: Tensor, column: Tensor, k: int, w: int) -> Tensor:
+        r, f = k // 2, w // 2
+        (_, C, H, W), He, We = img.shape, img.shape[2] + 2 * f, img.shape[3] + 2 * f
+        candidates = F.pad(F.pad(img, (r, r, r, r), mode="reflect"), (f, f, f, f))
+        template = candidates[:, :, r : r + He, r : r + We]
+        energy = template.square().sum(1)  # (N, He, We)
+        distances = img.new_empty(len(row), k, k)
+        for i, dy in enumerate(range(-r, r + 1)):
+            shifted = candidates[:, :, r + dy : r + dy + He].unfold(3, We, 1)  # (N, C, He, k, We), a view
+            squares = (shifted[:, 0] - template[:, 0, :, None]).square_()  # (N, He, k, We)
+            for c in range(1, C):
+                difference = shifted[:, c] - template[:, c, :, None]
+                squares.addcmul_(difference, difference)
+            top, bottom = _inside(dy, r, f)
+            within = _sums(squares[:, top : bottom + H - 1], bottom - top, 1)  # (N, H, k, We), rows summed
+            field = img.new_empty(len(img), H, k, W)
+            field[:, :, f : k - f] = _sums(within[:, :, f : k - f], w, 3)  # complete windows
+            energy_within = _sums(energy[:, top : bottom + H - 1], bottom - top, 1)  # (N, H, We)
+            for j in [*range(f), *range(k - f, k)]:  # windows that leave the search area at the left or right
+                left, right = _inside(j - r, r, f)
+                field[:, :, j] = _sums(within[:, :, j, left : right + W - 1], right - left, 2)
+                out_left, out_right = (0, left) if left else (right, w)
+                field[:, :, j] += _sums(energy_within[:, :, out_left : out_right + W - 1], out_right - out_left, 2)
+            if bottom - top < w:  # ... at the top or bottom
+                out_top, out_bottom = (0, top) if top else (bottom, w)
+                energy_out = _sums(energy[:, out_top : out_bottom + H - 1], out_bottom - out_top, 1)
+                field += _sums(energy_out, w, 2)[:, :, None]
+            distances[:, i] = field[image, row, :, column]
+        ctx.save_for_backward(img, image, row, column)
+        ctx.sizes = k, w
+        return distances.div_(C * w * w)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        """The same box sums, applied to the incoming gradient: each term 2 g (template - candidate) at both ends."""
+        img, image, row, column = ctx.saved_tensors
+        k, w = ctx.sizes
+        r, f = k // 2, w // 2
+        (N, C, H, W), He, We = img.shape, img.shape[2] + 2 * f, img.shape[3] + 2 * f
+        grad = grad * (2 / (C * w * w))
+        candidates = F.pad(F.pad(img, (r, r, r, r), mode="reflect"), (f, f, f, f))
+        template = candidates[:, :, r : r + He, r : r + We]
+        grad_candidates = torch.zeros_like(candidates)
+        grad_template = torch.zeros_like(template)
+        weight_template = img.new_zeros(N, He, We)  # what multiplies the template itself
+        weight_candidates = torch.zeros_like(candidates[:, 0])
+        field = img.new_zeros(N, H, k, W)
+        for i, dy in enumerate(range(-r, r + 1)):
+            field[image, row, :, column] = grad[:, i]
+            top, bottom = _inside(dy, r, f)
+            # Spread each gradient over its window: the adjoint of the sums above is sums over a zero-padded field.
+            spread = img.new_zeros(N, He, k, We)
+            rows = img.new_zeros(N, H, k, We)
+            rows[:, :, f : k - f] = _sums(F.pad(field[:, :, f : k - f], (w - 1, w - 1)), w, 3)
+            outside = img.new_zeros(N, H, We)
+            for j in [*range(f), *range(k - f, k)]:
+                left, right = _inside(j - r, r, f)
+                n = right - left
+                rows[:, :, j, left : left + W + n - 1] = _sums(F.pad(field[:, :, j], (n - 1, n - 1)), n, 2)
+                out_left, n = (0, left) if left else (right, w - right)
+                outside[:, :, out_left : out_left + W + n - 1] += _sums(F.pad(field[:, :, j], (n - 1, n - 1)), n, 2)
+            n = bottom - top
+            spread[:, top : top + H + n - 1] = _sums(F.pad(rows, (0, 0, 0, 0, n - 1, n - 1)), n, 1)
+            weight_template[:, top : top + H + n - 1] += _sums(F.pad(outside, (0, 0, n - 1, n - 1)), n, 1)
+            if n < w:
+                out_top, n = (0, top) if top else (bottom, w - bottom)
+                columns = _sums(F.pad(field.sum(2), (w - 1, w - 1)), w, 2)  # (N, H, We)
+                weight_template[:, out_top : out_top + H + n - 1] += _sums(F.pad(columns, (0, 0, n - 1, n - 1)), n, 1)
+            # Sum over dx of spread x (template - candidate), and the same seen from the candidates.
+            lines = slice(r + dy, r + dy + He)
+            weight_template += spread.sum(2)
+            for j in range(k):
+                at = (slice(None), lines, slice(j, j + We))
+                weight_candidates[at] += spread[:, :, j]
+                for c in range(C):
+                    grad_template[:, c].addcmul_(spread[:, :, j], candidates[:, c, lines, j : j + We], value=-1)
+                    grad_candidates[:, c, lines, j : j + We].addcmul_(spread[:, :, j], template[:, c], value=-1)
+        grad_candidates.addcmul_(candidates, weight_candidates[:, None])
+        grad_template.addcmul_(template, weight_template[:, None])
+        grad_candidates[:, :, r : r + He, r : r + We] += grad_template
+        return _unpad_reflect(grad_candidates[:, :, f:-f or None, f:-f or None], r), None, None, None, None, None
+
+
+def _unpad_reflect(grad: Tensor, r: int) -> Tensor:
+    """Adjoint of reflection padding by ``r``: folds the frame's gradient back onto the image."""
+    for dim in (2, 3):
+        size = grad.shape[dim] - 2 * r
+        inner = grad.narrow(dim, r, size).clone()
+        if r:
+            inner.narrow(dim, 1, r).add_(grad.narrow(dim, 0, r).flip(dim))
+            inner.narrow(dim, size - 1 - r, r).add_(grad.narrow(dim, r + size, r).flip(dim))
+        grad = inner
+    return grad
+
+
+def _distances_boxsum(img: Tensor, pixels: tuple[Tensor, ...], k: int, w: int) -> Tensor:
+    """D of the module docstring for all masked pixels, a few images at a time to bound the memory; -> (M, k, k)."""
+    image, row, column = pixels
+    per_image = k * (img.shape[2] + w) * (img.shape[3] + w)
+    step = max(1, 2**22 // per_image)  # fields of at most 16 MB in float32
+    counts = torch.bincount(image, minlength=len(img)).tolist()
+    pieces, first = [], 0
+    for start in range(0, len(img), step):
+        n = sum(counts[start : start + step])
+        if n:
+            of = slice(first, first + n)
+            part = img[start : start + step]
+            pieces.append(_BoxSumDistances.apply(part, image[of] - start, row[of], column[of], k, w))
+            first += n
+    return torch.cat(pieces) if pieces else img.sum((1, 2, 3))[:0, None, None].expand(0, k, k)
+
+
+# ------------------------------------------------------------------------------------------------- graph and the loss
+
+_DISTANCES = {"pytorch": _distances_specification, "boxsum": _distances_boxsum}
+
+
+def _choose(ssl_mode: str) -> str:
+    """Resolve ``auto`` to the fastest form that works here, and say so once."""
+    if ssl_mode == "auto":
+        ssl_mode = "boxsum"
+        if ssl_mode not in _said:
+            _said.add(ssl_mode)
+            _logger.info("self-similarity: ssl_mode auto takes boxsum (PyTorch); this version has no compiled op")
+    if ssl_mode not in _DISTANCES:
+        raise ValueError(f"ssl_mode {ssl_mode!r} cannot be had here; valid are auto, {', '.join(_DISTANCES)}")
+    return ssl_mode
+
+
+def _masked_pixels(img: Tensor, mask: Tensor, k: int, w: int) -> tuple[Tensor, ...]:
+    """Check the arguments; -> (image, row, column) of every mask entry equal to 1, batch order, then raster order."""
+    if img.dim() != 4 or not img.is_floating_point():
+        raise ValueError(f"images must be (N, C, H, W) floating point, not {tuple(img.shape)} {img.dtype}")
+    if tuple(mask.shape) != (len(img), 1, *img.shape[2:]):
+        raise ValueError(f"mask {tuple(mask.shape)} does not fit images {tuple(img.shape)}: it must be (N, 1, H, W)")
+    if mask.device != img.device:
+        raise ValueError(f"mask is on {mask.device}, images are on {img.device}")
+    if k < 1 or w < 1 or k % 2 == 0 or w % 2 == 0 or w > k:
+        raise ValueError(f"search area {k} and window {w} must be odd, the window not larger than the search area")
+    if len(img) and min(img.shape[2:]) <= k // 2:
+        raise ValueError(
+            f"images of {img.shape[2]} x {img.shape[3]} pixels are too small for kernel_size_search {k}: "
+            f"both sides must be at least {k // 2 + 1}"
+        )
+    pixels = (mask[:, 0] == 1).nonzero(as_tuple=True)  # the one host synchronisation: M is a tensor size
+    if len(pixels[0]) == 0 and bool((mask != 0).any()):
+        raise ValueError("no mask entry equals 1, but some are not 0: the mask must be of {0, 1}")
+    return pixels
+
+
+def _graph(
+    img: Tensor, pixels: tuple[Tensor, ...], k: int, w: int, sigma: float, generalization: bool, ssl_mode: str
+) -> Tensor:
+    img = img if img.dtype == torch.float64 else img.float()
+    similarity = torch.exp(_DISTANCES[ssl_mode](img, pixels, k, w).flatten(1) / -sigma)
+    return similarity / (similarity.sum(1, keepdim=True) + _EPS) if generalization else similarity
+
+
+def self_similarity_graph(
+    img: Tensor,
+    mask: Tensor,
+    kernel_size_search: int = 25,
+    kernel_size_window: int = 9,
+    sigma: float = 0.004,
+    generalization: bool = True,
+    ssl_mode: str = "auto",
+) -> Tensor:
+    """The self-similarity graph of the masked pixels (ACM MM 2024, section 3), differentiable with respect to ``img``.
+
+    Args:
+        img: (N, C, H, W), values in [0, 1]; float64 is computed in float64, everything else in float32.
+        mask: (N, 1, H, W); entries equal to exactly 1 are selected.
+        kernel_size_search: side of the search area, odd; H and W must exceed half of it.
+        kernel_size_window: side of the compared windows, odd, at most ``kernel_size_search``.
+        sigma: scaling factor h.
+        generalization: divide each row by its sum (+ 1e-10).
+        ssl_mode: ``"pytorch"`` (the readable specification), ``"boxsum"``, or ``"auto"``.
+
+    Returns:
+        (M, kernel_size_search ** 2): the masked pixels of all images, batch order, then raster order; columns are the
+        offsets in raster order, the pixel itself in the middle.
+
+    Raises:
+        ValueError: shapes, devices, sizes or the mode do not fit.
+    """
+    k, w = kernel_size_search, kernel_size_window
+    pixels = _masked_pixels(img, mask, k, w)
+    with torch.autocast(img.device.type, enabled=False):
+        return _graph(img, pixels, k, w, sigma, generalization, _choose(ssl_mode))
+
+
+class SelfSimilarityLoss(nn.Module):
+    """``l1_weight * mean |S_SR - S_GT| + kl_weight * KL(S_GT || S_SR)`` at the edge pixels of the ground truth.
+
+    Args:
+        l1_weight, kl_weight: weights; both terms are means over M k^2 entries (1000 = 1.6 per pixel at k = 25).
+        kernel_size_search, kernel_size_window, sigma, generalization, ssl_mode: see :func:`self_similarity_graph`.
+        mask_stride: thin the mask to one pixel in this many (:func:`mask_stride_pattern`); 0 or 1 keeps all.
+        threshold: of :func:`edge_mask`, for masks made on line.
+
+    The mean runs over all masked pixels of the batch, so an image with more edges weighs more. A batch without masked
+    pixels gives a zero loss and a zero gradient. Computed in float32 also inside autocast (float64 stays float64).
+    """
+
+    def __init__(
+        self,
+        l1_weight: float,
+        kl_weight: float,
+        kernel_size_search: int = 25,
+        kernel_size_window: int = 9,
+        sigma: float = 0.004,
+        generalization: bool = True,
+        mask_stride: int = 0,
+        threshold: float = 20.0,
+        ssl_mode: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.l1_weight = l1_weight
+        self.kl_weight = kl_weight
+        self.kernel_size_search = kernel_size_search
+        self.kernel_size_window = kernel_size_window
+        self.sigma = sigma
+        self.generalization = generalization
+        self.mask_stride = mask_stride
+        self.threshold = threshold
+        self.ssl_mode = _choose(ssl_mode)
+
+    def terms(self, sr: Tensor, hr: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The weighted L1 and KL terms by themselves, for logs; arguments as in :meth:`forward`."""
+        if sr.shape != hr.shape:
+            raise ValueError(f"sr {tuple(sr.shape)} and hr {tuple(hr.shape)} must have one shape")
+        hr = hr.detach()
+        mask = edge_mask(hr, self.threshold) if mask is None else mask
+        if self.mask_stride > 1:
+            mask = mask * mask_stride_pattern(*mask.shape[2:], self.mask_stride).to(mask)
+        k, w = self.kernel_size_search, self.kernel_size_window
+        pixels = _masked_pixels(sr, mask, k, w)
+        with torch.autocast(sr.device.type, enabled=False):
+            settings = (k, w, self.sigma, self.generalization, self.ssl_mode)
+            with torch.no_grad():
+                target = _graph(hr, pixels, *settings)
+            graph = _graph(sr, pixels, *settings)
+            entries = max(1, graph.numel())
+            l1 = (graph - target).abs().sum() / entries
+            # KL(GT || SR); written out because the mean of PyTorch's kl_div is about to change its meaning.
+            target, graph = target.clamp(min=_EPS), graph.clamp(min=_EPS)
+            kl = (target * (target.log() - graph.log())).sum() / entries
+        return self.l1_weight * l1, self.kl_weight * kl
+
+    def forward(self, sr: Tensor, hr: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Scalar loss; the gradient flows to ``sr`` only.
+
+        Args:
+            sr: (N, C, H, W), the network's output, not clamped; RGB, nominally in [0, 1].
+            hr: (N, C, H, W), the ground truth in [0, 1].
+            mask: (N, 1, H, W) of {0, 1}; made from ``hr`` by :func:`edge_mask` when None.
+        """
+        l1, kl = self.terms(sr, hr, mask)
+        return l1 + kl
