@@ -28,6 +28,7 @@ Count = Annotated[int, BeforeValidator(_integral), Field(ge=0)]
 Positive = Annotated[int, BeforeValidator(_integral), Field(ge=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+ActMode = Literal["R", "L", "BR", "BL", "IR", "IL"]
 InitType = Literal[
     "default",
     "normal",
@@ -91,7 +92,7 @@ class RRDBOptions(_Generator):
     nf: Positive = Field(64, description="features (KAIR: nc)")
     nb: Positive = Field(23, description="residual-in-residual dense blocks")
     gc: Positive = Field(32, description="growth channels of a dense block")
-    act_mode: Literal["R", "L"] = Field("L", description="R = ReLU, L = LeakyReLU")
+    act_mode: ActMode = Field("L", description="R = ReLU, L = LeakyReLU; B or I before it = batch or instance norm")
     upsample_mode: Literal["upconv", "pixelshuffle", "convtranspose"] = Field("upconv", description="upsampling")
 
 
@@ -99,7 +100,7 @@ class MSRResNetOptions(_Generator):
     net_type: Literal["msrresnet0", "msrresnet1"] = Field("msrresnet1", description="KAIR's SRResNet variants")
     nc: Positive = Field(64, description="features")
     nb: Positive = Field(16, description="residual blocks")
-    act_mode: Literal["R", "L"] = Field("R", description="R = ReLU, L = LeakyReLU")
+    act_mode: ActMode = Field("R", description="R = ReLU, L = LeakyReLU; B or I before it = batch or instance norm")
     upsample_mode: Literal["upconv", "pixelshuffle", "convtranspose"] = Field("upconv", description="upsampling")
 
 
@@ -139,7 +140,7 @@ class VGGDiscriminatorOptions(_Discriminator):
     net_type: Literal["discriminator_vgg_96", "discriminator_vgg_128", "discriminator_vgg_192"] = Field(
         "discriminator_vgg_128", description="VGG style; the number is the only patch size it takes"
     )
-    act_mode: Literal["BL", "BR"] = Field("BL", description="batch norm and LeakyReLU or ReLU")
+    act_mode: ActMode = Field("BL", description="batch norm and LeakyReLU or ReLU")
 
 
 class VGG128SNOptions(_Discriminator):
@@ -218,9 +219,9 @@ class TrainOptions(Section):
     F_use_input_norm: bool = Field(True, description="normalise by ImageNet's mean and standard deviation")
     F_use_range_norm: bool = Field(False, description="map [-1, 1] to [0, 1] first")
 
-    gan_type: Literal["gan", "ragan", "ragan_kair", "lsgan", "wgan", "softplusgan"] = Field(
+    gan_type: Literal["gan", "ragan", "ragan_basicsr", "lsgan", "wgan", "softplusgan"] = Field(
         "gan",
-        description="ragan: means over all logits (ESRGAN, BasicSR); ragan_kair: over the batch axis only, as KAIR",
+        description="ragan: means over the batch axis, as KAIR; ragan_basicsr: over all logits, as ESRGAN and BasicSR",
     )
     D_lossfn_weight: Weight = Field(0.0, description="weight of the generator's adversarial loss; 0 = no GAN")
     D_init_iters: Count = Field(0, description="train the discriminator alone for this many steps first")
@@ -282,7 +283,7 @@ class TestOptions(Section):
 class Options(Section):
     """All options of a run, resolved and checked."""
 
-    task: str = Field(description="the run's name; its folder is root/task", min_length=1)
+    task: str = Field(description="the run's name; its folder is root/task", pattern=r"^[^/\\\s.][^/\\]*$")
     model: Literal["plain", "gan"] = Field("plain", description="plain = pixel losses, gan = adversarial")
     gpu_ids: list[Count] | None = Field(None, description="GPUs by number, one process each (torchrun); null = all")
     scale: Annotated[int, Field(ge=1, le=8)] = Field(4, description="upscaling factor, for networks and data alike")
@@ -368,12 +369,12 @@ def _translate(raw: dict[str, Any], source: str) -> list[str]:
                 if ours in train:
                     raise UserError(f"{source}: train.{theirs} and train.{ours} are one option: give one of them")
                 train[ours] = train.pop(theirs)
-        if train.get("gan_type") == "ragan" and "ssl" not in str(raw.get("$schema", "")):
-            pass
         drop(train, "train.", _UNUSED_TRAIN)
     drop(raw, "", _UNUSED_TOP)
     drop(raw.get("path"), "path.", _UNUSED_PATH)
-    for name, data in raw["datasets"].items() if isinstance(raw.get("datasets"), dict) else ():
+    for name, data in list(raw["datasets"].items()) if isinstance(raw.get("datasets"), dict) else ():
+        if data is None:
+            del raw["datasets"][name]  # datasets.test=null on the command line: without this set
         drop(data, f"datasets.{name}.", _UNUSED_DATASET)
     for side, union in (("netG", NetG), ("netD", NetD)):
         network = raw.get(side)
@@ -481,7 +482,7 @@ def _fields_at(location: tuple[Any, ...]) -> Iterable[str]:
 
 
 def _nearest(name: Any, valid: Iterable[str]) -> str:
-    lower = {v.lower(): v for v in valid}
+    lower = {v.lower(): v for v in valid if v not in ("is_train", "unused")}
     near = difflib.get_close_matches(str(name).lower(), lower, 1, cutoff=0.6)
     return f"did you mean {lower[near[0]]!r}?" if near else f"valid are: {', '.join(sorted(lower.values()))}"
 
@@ -491,7 +492,9 @@ def _explain(error: Any) -> str:
     location = tuple(error["loc"])
     shown = [str(p) for i, p in enumerate(location) if not (i == 1 and location[0] in ("netG", "netD"))]
     # pydantic names the branch of a union it tried last; the key path ends before it.
-    shown = [p for p in shown if not re.match(r"(int|float|str|list|constrained|function|literal)[\[(-]|^(int|str)$", p)]
+    shown = [
+        p for p in shown if not re.match(r"(int|float|str|list|constrained|function|literal)[\[(-]|^(int|str)$", p)
+    ]
     key, kind, given = ".".join(shown), error["type"], error.get("input")
     if kind == "extra_forbidden":
         return f"{key}: unknown key; {_nearest(location[-1], _fields_at(location[:-1]))}"
@@ -504,11 +507,16 @@ def _explain(error: Any) -> str:
             return f"{key}.net_type: is required and missing; valid are: {', '.join(sorted(valid))}"
         return f"{key}.net_type: {given!r} is not a network of this program; {_nearest(given, valid)}"
     if kind == "literal_error":
-        valid = re.findall(r"'([^']*)'", error["ctx"]["expected"])
-        return f"{key}: {json.dumps(given)} is not valid; {_nearest(given, valid) if valid else error['msg']}"
+        names = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+        remedy = _nearest(given, names) if names else error["msg"].replace("Input should", "it must")
+        return f"{key}: {json.dumps(given)} is not valid; {remedy}"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return f"{key}: must be a section {{...}}, not {json.dumps(given)}"
-    message = error["msg"].replace("Input should be", "must be").replace("Input should", "must")
+    if kind == "string_pattern_mismatch":
+        return f"{key}: {json.dumps(given)} cannot be the name of a folder: give a plain name without / or leading dot"
+    message = re.sub(
+        r", not \d+$", "", error["msg"].replace("Input should be", "must be").replace("Input should", "must")
+    )
     return f"{key}: {message[0].lower() + message[1:]}, not {json.dumps(given, default=str)}"
 
 
@@ -536,6 +544,21 @@ def _with_channels(network: Any, n_channels: int, side: str, source: str) -> Any
                 raise UserError(f"{source}: {side}.{name}: {given} contradicts n_channels {n_channels}; remove it")
             update[name] = n_channels
     return network.model_copy(update=update)
+
+
+def _filled_in(name: str, data: DatasetOptions, opt: Options, source: str) -> DatasetOptions:
+    """A data set with what comes from the top of the file; a set that states something else contradicts it."""
+    known = {
+        "phase": "train" if name == "train" else "test",
+        "scale": opt.scale,
+        "n_channels": opt.n_channels,
+        "seed": opt.train.manual_seed or 0,
+    }
+    for key, value in known.items():
+        if key in data.model_fields_set and data[key] != value:
+            where = "train.manual_seed" if key == "seed" else key if key != "phase" else "the set's name"
+            raise UserError(f"{source}: datasets.{name}.{key}: {data[key]!r} contradicts {where}, {value!r}; remove it")
+    return data.model_copy(update={**known, "name": data.name or name})
 
 
 def patch_size(data: DatasetOptions) -> int:
@@ -638,23 +661,11 @@ def parse(path: str | Path, is_train: bool = True, overrides: Iterable[str] = ()
         raw.pop("netD", None)
     opt: Options = _validate(Options, raw, source)
 
-    datasets = {
-        name: data.model_copy(
-            update={
-                "name": data.name or name,
-                "phase": "train" if name == "train" else "test",
-                "scale": opt.scale,
-                "n_channels": opt.n_channels,
-                "seed": opt.train.manual_seed or 0,
-            }
-        )
-        for name, data in opt.datasets.items()
-    }
     opt = opt.model_copy(
         update={
             "is_train": is_train,
             "unused": unused,
-            "datasets": datasets,
+            "datasets": {name: _filled_in(name, data, opt, source) for name, data in opt.datasets.items()},
             "netG": _with_channels(opt.netG, opt.n_channels, "netG", source),
             "netD": opt.netD and _with_channels(opt.netD, opt.n_channels, "netD", source),
         }

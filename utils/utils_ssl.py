@@ -1,5 +1,5 @@
 """The self-similarity loss (SSL) of Chen, Zhang, Liang and Zhang, "SSL: A Self-similarity Loss for Improving Generative
-Image Super-resolution", ACM MM 2024 (arXiv 2408.05713). This file needs PyTorch only and can be copied into any trainer.
+Image Super-resolution", ACM MM 2024 (arXiv 2408.05713). It needs PyTorch only and can be copied into any trainer.
 
 Notation: k = ``kernel_size_search`` (side of the search area, 25), w = ``kernel_size_window`` (side of the compared
 windows, 9), r = k // 2, f = w // 2, M = number of masked pixels of the whole batch. For a masked pixel p and an offset
@@ -77,7 +77,7 @@ def mask_stride_pattern(height: int, width: int, stride: int) -> Tensor:
 
 
 def _distances_specification(img: Tensor, pixels: tuple[Tensor, ...], k: int, w: int) -> Tensor:
-    """D of the module docstring, word for word. ``pixels`` = (image, row, column) of each masked pixel; -> (M, k, k)."""
+    """D of the module docstring, word for word: (M, k, k). ``pixels`` = (image, row, column) of each masked pixel."""
     r, f = k // 2, w // 2
     image, row, column = pixels
     padded = F.pad(img, (r, r, r, r), mode="reflect")  # (N, C, H + 2r, W + 2r)
@@ -115,7 +115,7 @@ def _sums(x: Tensor, n: int, dim: int) -> Tensor:
 
 
 def _inside(offset: int, r: int, f: int) -> tuple[int, int]:
-    """First and last + 1 window index (0 .. 2f) whose position offset + u lies in the search area, |offset + u| <= r."""
+    """First and last + 1 window index (0 .. 2f) whose position lies in the search area, |offset + index - f| <= r."""
     return max(-f, -r - offset) + f, min(f, r - offset) + f + 1
 
 
@@ -123,8 +123,8 @@ class _BoxSumDistances(torch.autograd.Function):
     """Distances of all masked pixels of a few images by box sums, one row of offsets (fixed dy) at a time.
 
     Fields have the shape (N, rows, k, columns): at each pixel the k horizontal offsets dx. The template I(p + u) lives
-    on the image extended by f, (He, We) = (H + 2f, W + 2f); candidates on the image extended by r + f, whose outer f are
-    never read inside a search area.
+    on the image extended by f, (He, We) = (H + 2f, W + 2f); candidates on the image extended by r + f, whose outer f
+    are never read inside a search area.
     """
 
     @staticmethod
@@ -161,7 +161,7 @@ class _BoxSumDistances(torch.autograd.Function):
         return distances.div_(C * w * w)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         """The same box sums, applied to the incoming gradient: each term 2 g (template - candidate) at both ends."""
         img, image, row, column = ctx.saved_tensors
         k, w = ctx.sizes
@@ -208,7 +208,7 @@ class _BoxSumDistances(torch.autograd.Function):
         grad_candidates.addcmul_(candidates, weight_candidates[:, None])
         grad_template.addcmul_(template, weight_template[:, None])
         grad_candidates[:, :, r : r + He, r : r + We] += grad_template
-        return _unpad_reflect(grad_candidates[:, :, f:-f or None, f:-f or None], r), None, None, None, None, None
+        return _unpad_reflect(grad_candidates[:, :, f : -f or None, f : -f or None], r), None, None, None, None, None
 
 
 def _unpad_reflect(grad: Tensor, r: int) -> Tensor:
@@ -362,7 +362,7 @@ class SelfSimilarityLoss(nn.Module):
         hr = hr.detach()
         mask = edge_mask(hr, self.threshold) if mask is None else mask
         if self.mask_stride > 1:
-            mask = mask * mask_stride_pattern(*mask.shape[2:], self.mask_stride).to(mask)
+            mask = mask * mask_stride_pattern(mask.shape[2], mask.shape[3], self.mask_stride).to(mask)
         k, w = self.kernel_size_search, self.kernel_size_window
         pixels = _masked_pixels(sr, mask, k, w)
         with torch.autocast(sr.device.type, enabled=False):

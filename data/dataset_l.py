@@ -1,0 +1,29 @@
+"""Low-quality images without ground truth."""
+
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from utils.utils_error import UserError
+from utils.utils_image import get_image_paths, imread_uint, uint2tensor3
+from utils.utils_option import DatasetOptions
+
+
+class DatasetL(Dataset[dict[str, Any]]):
+    """``l``: items with ``L`` (C, h, w), RGB in [0, 1], and ``L_path``.
+
+    Raises UserError for a folder that is not named, is missing or is empty.
+    """
+
+    def __init__(self, dataset_opt: DatasetOptions):
+        if not dataset_opt.dataroot_L:
+            raise UserError(f"datasets.{dataset_opt.phase}.dataroot_L is not set: name the folder of images to restore")
+        self.n_channels = dataset_opt.n_channels
+        self.paths = get_image_paths(dataset_opt.dataroot_L)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path = self.paths[index]
+        return {"L": uint2tensor3(imread_uint(path, self.n_channels)), "L_path": path}

@@ -1,0 +1,221 @@
+"""What every model shares: its networks, their files, pixel-fidelity losses, EMA, one optimizer step."""
+
+import copy
+import logging
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from models.loss import PerceptualLoss, pixel_loss
+from models.select_network import define_G
+from utils import utils_dist
+from utils.utils_checkpoint import load_checkpoint_file, load_network, save_atomically, save_network, unwrap
+from utils.utils_error import UserError
+from utils.utils_option import Options
+from utils.utils_ssl import SelfSimilarityLoss
+from utils.utils_tile import restore
+
+logger = logging.getLogger(__name__)
+
+
+class ModelBase:
+    """A generator ``netG``, its moving average ``netE``, and the losses that compare its output with the ground truth.
+
+    A model adds ``optimize_parameters(current_step)``, one training step, and, for another network, its name to
+    ``networks`` and ``optimizers``: these two decide what is saved as ``{iter}_{name}.pth``.
+    """
+
+    def __init__(self, opt: Options, device: torch.device) -> None:
+        self.opt = opt
+        self.device = device
+        self.log: dict[str, float] = {}
+        self.networks: dict[str, nn.Module] = {}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+
+        train = opt.train
+        self.netG = self.add_network("G", define_G(opt), opt.path.pretrained_netG, train.G_param_strict)
+        self.netE: nn.Module | None = None
+        if train.E_decay > 0:
+            self.netE = copy.deepcopy(unwrap(self.netG)).eval().requires_grad_(False)
+            self.networks["E"] = self.netE
+            if opt.path.pretrained_netE:
+                load_network(opt.path.pretrained_netE, self.netE, train.E_param_strict)
+
+        self.pixel = pixel_loss(train.G_lossfn_type, train.G_charbonnier_eps)
+        self.perceptual: PerceptualLoss | None = None
+        if train.F_lossfn_weight > 0:
+            self.perceptual = PerceptualLoss(
+                train.F_feature_layer,
+                train.F_weights,
+                train.F_lossfn_type,
+                train.F_use_input_norm,
+                train.F_use_range_norm,
+                opt.path.pretrained_netF,
+            ).to(device)
+        self.ssl: SelfSimilarityLoss | None = None
+        if train.ssl_l1_weight > 0 or train.ssl_kl_weight > 0:
+            self.ssl = SelfSimilarityLoss(
+                train.ssl_l1_weight,
+                train.ssl_kl_weight,
+                train.kernel_size_search,
+                train.kernel_size_window,
+                train.sigma,
+                train.generalization,
+                train.mask_stride,
+                train.mask_threshold,
+                train.ssl_mode,
+            )
+
+    # ------------------------------------------------------------------------------------------------------ building
+
+    def add_network(self, name: str, network: nn.Module, pretrained: str | None, strict: bool) -> nn.Module:
+        """Register a trained network with its optimizer: on the device, loaded, wrapped for several processes."""
+        if pretrained:
+            load_network(pretrained, network, strict)
+        network = network.to(self.device)
+        self.optimizers[name] = self._optimizer(name, network.parameters())
+        if utils_dist.world_size() > 1:
+            # Buffers (spectral norm, batch statistics) stay each process's own: a broadcast in the middle of a step
+            # would change in place what the other forward pass of the discriminator still needs.
+            network = DistributedDataParallel(
+                network, device_ids=[self.device] if self.device.type == "cuda" else None, broadcast_buffers=False
+            )
+        self.networks[name] = network
+        return network
+
+    def _optimizer(self, name: str, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        train = self.opt.train
+        kind = torch.optim.AdamW if train[f"{name}_optimizer_type"] == "adamw" else torch.optim.Adam
+        first, second = train[f"{name}_optimizer_betas"]
+        return kind(
+            [p for p in parameters if p.requires_grad],
+            lr=train[f"{name}_optimizer_lr"],
+            betas=(first, second),
+            weight_decay=train[f"{name}_optimizer_wd"],
+        )
+
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+
+    def files(self, folder: Path, step: int) -> dict[str, Path]:
+        """The files of one checkpoint, by what they hold: G, E, D and optimizerG, optimizerD."""
+        names = [*self.networks, *(f"optimizer{name}" for name in self.optimizers)]
+        return {name: folder / f"{step}_{name}.pth" for name in names}
+
+    def save(self, folder: Path, step: int) -> None:
+        """Write all files of a checkpoint, each of them atomically."""
+        for name, path in self.files(folder, step).items():
+            if name in self.networks:
+                save_network(self.networks[name], path)
+            else:
+                save_atomically(self.optimizers[name.removeprefix("optimizer")].state_dict(), path)
+
+    def load(self, folder: Path, step: int) -> None:
+        """Go on from a checkpoint of :meth:`save`."""
+        for name, path in self.files(folder, step).items():
+            if name in self.networks:
+                load_network(path, self.networks[name], strict=True)
+                continue
+            optimizer = self.optimizers[name.removeprefix("optimizer")]
+            try:
+                optimizer.load_state_dict(load_checkpoint_file(path))
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path}: does not fit this run's optimizer ({error}); use another task") from error
+
+    # ------------------------------------------------------------------------------------------------------- training
+
+    def feed_data(self, data: dict[str, Any], need_H: bool = True) -> None:
+        """Take a batch: ``L`` (N, C, h, w), ``H`` (N, C, h * scale, w * scale), RGB in [0, 1], perhaps ``mask``."""
+        self.L: Tensor = data["L"].to(self.device, non_blocking=True)
+        if need_H:
+            self.H: Tensor = data["H"].to(self.device, non_blocking=True)
+            self.mask: Tensor | None = data["mask"].to(self.device, non_blocking=True) if "mask" in data else None
+
+    def optimize_parameters(self, current_step: int) -> None:
+        """One training step; each model's own."""
+        raise NotImplementedError
+
+    def fidelity_terms(self, E: Tensor) -> dict[str, Tensor]:
+        """The weighted losses that compare the output E with the ground truth H, by name, those that are on."""
+        train, terms = self.opt.train, {}
+        if train.G_lossfn_weight > 0:
+            terms["G_loss"] = train.G_lossfn_weight * self.pixel(E, self.H)
+        if self.perceptual is not None:
+            terms["F_loss"] = train.F_lossfn_weight * self.perceptual(E, self.H)
+        if self.ssl is not None:
+            l1, kl = self.ssl.terms(E, self.H, self.mask)
+            if train.ssl_l1_weight > 0:
+                terms["ssl_l1"] = l1
+            if train.ssl_kl_weight > 0:
+                terms["ssl_kl"] = kl
+        return terms
+
+    def descend(self, name: str, terms: dict[str, Tensor], current_step: int) -> None:
+        """Backward through the sum of the terms and step the optimizer of one network, unless a number is not finite.
+
+        Raises:
+            UserError: a loss or the gradient is NaN or infinite; the weights are left as they were.
+        """
+        network, optimizer = self.networks[name], self.optimizers[name]
+        optimizer.zero_grad(set_to_none=True)
+        torch.stack(list(terms.values())).sum().backward()
+        clip = self.opt.train[f"{name}_optimizer_clipgrad"] or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
+        # One host synchronisation a step buys that no broken update is ever applied, let alone saved.
+        named = {**terms, f"{name}_gradnorm": norm}
+        values = torch.stack([v.detach().float() for v in named.values()]).tolist()
+        self.log.update(zip(named, values, strict=True))
+        for term, value in zip(named, values, strict=True):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"step {current_step}: {term} is {value}, training stops before it spoils the weights; lower "
+                    f"train.{name}_optimizer_lr or set train.{name}_optimizer_clipgrad, then start again to resume"
+                )
+        optimizer.step()
+
+    @torch.no_grad()
+    def update_E(self) -> None:
+        """Move netE's parameters towards netG's by 1 - E_decay."""
+        if self.netE is not None:
+            averaged: list[Tensor] = list(self.netE.parameters())
+            current: list[Tensor] = list(unwrap(self.netG).parameters())
+            torch._foreach_lerp_(averaged, current, 1 - self.opt.train.E_decay)
+
+    def update_learning_rate(self, current_step: int) -> None:
+        """Set the learning rates of this step: halved (gamma) from each milestone on, in closed form as KAIR does."""
+        train = self.opt.train
+        for name, optimizer in self.optimizers.items():
+            passed = sum(current_step >= m for m in train[f"{name}_scheduler_milestones"])
+            for group in optimizer.param_groups:
+                group["lr"] = train[f"{name}_optimizer_lr"] * train[f"{name}_scheduler_gamma"] ** passed
+
+    def current_learning_rate(self) -> float:
+        """The generator's learning rate."""
+        return self.optimizers["G"].param_groups[0]["lr"]
+
+    def current_log(self) -> dict[str, float]:
+        """The weighted losses and gradient norms of the last step, by name."""
+        return dict(self.log)
+
+    # ----------------------------------------------------------------------------------------------------- validation
+
+    def test(self) -> None:
+        """Restore the fed L with the averaged generator, or with netG where there is no average, into ``self.E``."""
+        network = self.netE if self.netE is not None else unwrap(self.netG)
+        network.eval()
+        self.E = restore(network, self.L, self.opt.scale, self.opt.test.tile, self.opt.test.tile_overlap)
+        if network is not self.netE:
+            network.train()
+
+    def current_visuals(self) -> dict[str, Tensor]:
+        """The first image of the fed batch and its estimate, (C, H, W) on the CPU."""
+        return {"L": self.L[0].float().cpu(), "E": self.E[0].float().cpu(), "H": self.H[0].float().cpu()}
+
+    def describe(self) -> str:
+        """One line: the networks and their sizes."""
+        sizes = {name: sum(p.numel() for p in net.parameters()) for name, net in self.networks.items() if name != "E"}
+        return ", ".join(f"net{name} {type(unwrap(self.networks[name])).__name__} {n:,}" for name, n in sizes.items())

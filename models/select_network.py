@@ -1,0 +1,141 @@
+"""From ``netG.net_type`` and ``netD.net_type`` to networks."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import init
+
+from models.network_discriminator import (
+    DiscriminatorPatchGAN,
+    DiscriminatorUNet,
+    DiscriminatorVGG,
+    DiscriminatorVGG128SN,
+)
+from models.network_msrresnet import MSRResNet0, MSRResNet1
+from models.network_rrdb import RRDB
+from models.network_rrdbnet import RRDBNet, RRDBNetBasicSR
+from models.network_srvgg import SRVGGNetCompact
+from utils.utils_error import UserError
+from utils.utils_option import network_options
+
+
+def define_G(opt: Any) -> nn.Module:
+    """Build the generator of ``opt.netG``, initialised when ``opt.is_train``.
+
+    Args:
+        opt: resolved options, or a plain dict, with ``scale``, ``n_channels``, ``is_train`` and ``netG``.
+
+    Raises:
+        UserError: an unknown ``net_type``, or values it cannot be built with.
+    """
+    opt = network_options(opt) if isinstance(opt, dict) else opt
+    net = opt.netG
+    try:
+        network = _generator(net, opt.scale)
+    except ValueError as error:
+        raise UserError(f"netG: {net.net_type}: {error}") from error
+    if opt.is_train:
+        init_weights(network, net.init_type, net.init_bn_type, net.init_gain)
+    return network
+
+
+def _generator(net: Any, scale: int) -> nn.Module:
+    match net.net_type:
+        case "rrdbnet":
+            return RRDBNet(net.in_nc, net.out_nc, net.nf, net.nb, net.gc, scale, net.use_checkpoint)
+        case "rrdbnet_basicsr":
+            return RRDBNetBasicSR(net.in_nc, net.out_nc, net.nf, net.nb, net.gc, scale, net.use_checkpoint)
+        case "rrdb":
+            return RRDB(net.in_nc, net.out_nc, net.nf, net.nb, net.gc, scale, net.act_mode, net.upsample_mode)
+        case "msrresnet0":
+            return MSRResNet0(net.in_nc, net.out_nc, net.nc, net.nb, scale, net.act_mode, net.upsample_mode)
+        case "msrresnet1":
+            return MSRResNet1(net.in_nc, net.out_nc, net.nc, net.nb, scale, net.act_mode, net.upsample_mode)
+        case "srvgg_compact":
+            return SRVGGNetCompact(net.in_nc, net.out_nc, net.nf, net.nc, scale, net.act_type)
+        case unknown:
+            raise UserError(f"netG.net_type: {unknown!r} is no generator of this project")
+
+
+def define_D(opt: Any) -> nn.Module:
+    """Build the discriminator of ``opt.netD``, initialised when ``opt.is_train``; else as :func:`define_G`."""
+    opt = network_options(opt) if isinstance(opt, dict) else opt
+    net = opt.netD
+    try:
+        network = _discriminator(net)
+    except ValueError as error:
+        raise UserError(f"netD: {net.net_type}: {error}") from error
+    if opt.is_train:
+        init_weights(network, net.init_type, net.init_bn_type, net.init_gain)
+    return network
+
+
+def _discriminator(net: Any) -> nn.Module:
+    match net.net_type:
+        case "discriminator_unet":
+            return DiscriminatorUNet(net.in_nc, net.base_nc)
+        case "discriminator_patchgan":
+            return DiscriminatorPatchGAN(net.in_nc, net.base_nc, net.n_layers, net.norm_type)
+        case "discriminator_vgg_96" | "discriminator_vgg_128" | "discriminator_vgg_192":
+            input_size = int(net.net_type.rsplit("_", 1)[1])
+            return DiscriminatorVGG(net.in_nc, net.base_nc, net.act_mode, input_size)
+        case "discriminator_vgg_128_SN":
+            return DiscriminatorVGG128SN(net.in_nc, net.base_nc)
+        case unknown:
+            raise UserError(f"netD.net_type: {unknown!r} is no discriminator of this project")
+
+
+@torch.no_grad()
+def init_weights(network: nn.Module, init_type: str, init_bn_type: str = "uniform", gain: float = 1.0) -> None:
+    """Initialise convolutions and linear layers by KAIR's ``init_type``, batch norms by ``init_bn_type``, biases by 0.
+
+    Args:
+        network: changed in place; the types "default" and "none" leave it as its constructor built it.
+        init_type: default, none, normal (deviation 0.1), uniform (-0.2 to 0.2), xavier_normal, xavier_uniform,
+            kaiming_normal, kaiming_uniform or orthogonal; the normal ones are clamped to [-1, 1].
+        init_bn_type: uniform (0.1 to 1) or constant (1).
+        gain: factor of the weights.
+
+    Raises:
+        UserError: another ``init_type`` or ``init_bn_type``.
+    """
+    if init_type in ("default", "none"):
+        return
+    for layer in network.modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            # Under spectral norm the trained tensor is weight_orig; `weight` is only what it was last divided into.
+            weight = layer.weight_orig if hasattr(layer, "weight_orig") else layer.weight
+            assert isinstance(weight, torch.Tensor)
+            _init_weight(weight, init_type, gain)
+            if layer.bias is not None:
+                layer.bias.zero_()
+        elif isinstance(layer, nn.BatchNorm2d) and layer.affine:
+            match init_bn_type:
+                case "uniform":
+                    layer.weight.uniform_(0.1, 1.0)
+                case "constant":
+                    layer.weight.fill_(1.0)
+                case _:
+                    raise UserError(f"init_bn_type: {init_bn_type!r} is unknown, expected uniform or constant")
+            layer.bias.zero_()
+
+
+def _init_weight(weight: torch.Tensor, init_type: str, gain: float) -> None:
+    match init_type:
+        case "normal":
+            weight.normal_(0.0, 0.1).clamp_(-1.0, 1.0).mul_(gain)
+        case "uniform":
+            weight.uniform_(-0.2, 0.2).mul_(gain)
+        case "xavier_normal":
+            init.xavier_normal_(weight, gain).clamp_(-1.0, 1.0)
+        case "xavier_uniform":
+            init.xavier_uniform_(weight, gain)
+        case "kaiming_normal":
+            init.kaiming_normal_(weight, nonlinearity="relu").clamp_(-1.0, 1.0).mul_(gain)
+        case "kaiming_uniform":
+            init.kaiming_uniform_(weight, nonlinearity="relu").mul_(gain)
+        case "orthogonal":
+            init.orthogonal_(weight, gain)
+        case _:
+            raise UserError(f"init_type: {init_type!r} is unknown")

@@ -1,0 +1,37 @@
+"""Shared by all tests: the repository on the path, few threads, small generated images."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+GOLDEN = REPOSITORY.parent / "shared" / "golden"
+sys.path.insert(0, str(REPOSITORY))
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Numbers of the published implementations made from public photographs, which are not part of this repository."""
+    if not GOLDEN.is_dir():
+        pytest.skip("../shared/golden is not here: these numbers come from photographs that are not distributed")
+    return GOLDEN
+
+
+def photograph(height: int, width: int, seed: int = 0, channels: int = 3) -> np.ndarray:
+    """A generated (height, width, channels) uint8 image with flat areas, gradients, edges and texture."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width].astype(np.float64)
+    image = np.empty((height, width, channels))
+    for c in range(channels):
+        fy, fx, phase = rng.uniform(0.02, 0.12), rng.uniform(0.02, 0.12), rng.uniform(0, 6)
+        image[..., c] = 0.5 + 0.25 * np.sin(fy * y + fx * x + phase)
+    for _ in range(6):
+        cy, cx, r = rng.uniform(0, height), rng.uniform(0, width), rng.uniform(4, 0.3 * min(height, width) + 5)
+        image[(y - cy) ** 2 + (x - cx) ** 2 < r * r] = rng.uniform(0.1, 0.9, channels)
+    stripes = (x + y).astype(int) % 6 < 3
+    image[: height // 3] = np.where(stripes[: height // 3, :, None], image[: height // 3], 0.6 * image[: height // 3])
+    return np.round(255 * image.clip(0, 1)).astype(np.uint8)

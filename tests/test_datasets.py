@@ -1,0 +1,335 @@
+"""Data sets: pairing by name, one place and one flip for L, H and mask, repeatable draws, the check before training."""
+
+import pickle
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy.io import savemat
+from torch.utils.data import DataLoader
+
+from data.check import check_dataset, find_problems
+from data.files import find_partners
+from data.select_dataset import define_Dataset
+from utils.utils_error import UserError
+from utils.utils_image import imread_uint, imresize_np, imsave, modcrop, uint2single
+
+SCALE = 4
+
+
+def options(**changes):
+    """The options of a training set; a SimpleNamespace stands for the typed ones."""
+    return SimpleNamespace(
+        **{
+            "phase": "train",
+            "scale": SCALE,
+            "n_channels": 3,
+            "dataset_type": "sr",
+            "dataroot_H": None,
+            "dataroot_L": None,
+            "dataroot_H_mask": None,
+            "H_size": 32,
+            "lq_patchsize": None,
+            "degradation_type": "bsrgan",
+            "use_sharp": False,
+            "shuffle_prob": 0.1,
+            "mask_augment": True,
+            "seed": 0,
+            **changes,
+        }
+    )
+
+
+def position_image(height, width):
+    """16 bits a channel that say where a pixel is: row, column, 0. Multiples of 256 survive anything lossless."""
+    row, column = np.mgrid[:height, :width]
+    return np.dstack([row, column, 0 * row]).astype(np.uint16) * 256
+
+
+def positions(tensor):
+    """(row, column) of every pixel of a patch of :func:`position_image`."""
+    return (tensor[:2] * 65535 / 256).round().int().permute(1, 2, 0)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Three H of 61 x 83 (no multiple of 4), whose L and masks carry the position as well, in nested folders."""
+    for i, name in enumerate(("a", "sub/b", "sub/c")):
+        for kind in "HLM":
+            (tmp_path / kind / name).parent.mkdir(parents=True, exist_ok=True)
+        H = position_image(61, 83)
+        imsave(H, str(tmp_path / "H" / f"{name}.png"))
+        imsave(np.ascontiguousarray(modcrop(H, SCALE)[::SCALE, ::SCALE]), str(tmp_path / "L" / f"{name}x4.png"))
+        mask = np.random.default_rng(i).integers(0, 2, (61, 83))
+        savemat(tmp_path / "M" / f"{name}.mat", {"mat": mask})
+    return SimpleNamespace(H=str(tmp_path / "H"), L=str(tmp_path / "L"), M=str(tmp_path / "M"), path=tmp_path)
+
+
+def photos(folder, count=3, height=64, width=72):
+    folder.mkdir()
+    for i in range(count):
+        noise = np.random.default_rng(i).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+        imsave(np.kron(noise, np.ones((8, 8, 1), np.uint8)), str(folder / f"{i}.png"))
+    return str(folder)
+
+
+# ----------------------------------------------------------------------------------------------------------- pairing
+
+
+@pytest.mark.parametrize(
+    ("H", "L"),
+    [
+        ("0001.png", "0001.jpg"),
+        ("0001.png", "0001x4.png"),
+        ("baby.png", "baby_LRBI_x4.png"),
+        ("img_001_SRF_4_HR.png", "img_001_SRF_4_LR.png"),
+        ("baby_HR.png", "baby_LR.png"),
+        ("baby_GT.png", "baby-x4.PNG"),
+        ("0801.png", "0801x4m.png"),
+        ("max4.png", "max4x4.png"),
+    ],
+)
+def test_partners_are_found_behind_the_usual_endings(H, L):
+    others = ["other.png", "0001x3.png", "10001.png"]
+    assert find_partners([f"H/{H}"], [*others, f"L/{L}"], 4) == [[f"L/{L}"]]
+
+
+def test_the_exact_name_wins_and_another_scale_is_no_partner():
+    assert find_partners(["a.png"], ["a_LR.png", "L/a.png"], 4) == [["L/a.png"]]
+    assert find_partners(["a.png"], ["ax2.png"], 4) == [[]]
+
+
+def test_namesakes_are_told_apart_by_their_folders():
+    L = ["L/x/1.png", "L/y/1.png"]
+    assert find_partners(["H/y/1.png", "H/x/1.png"], L, 4) == [["L/y/1.png"], ["L/x/1.png"]]
+    assert find_partners(["H/z/1.png"], L, 4) == [L]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataroot_H": None}, "dataroot_H is not set"),
+        ({"dataset_type": "plain"}, "dataroot_L is not set"),
+        ({"dataset_type": "l"}, "dataroot_L is not set"),
+        ({"dataset_type": "video"}, "no data set 'video'"),
+        ({"dataroot_L": "nowhere"}, "nowhere does not exist"),
+        ({"dataset_type": "srmask", "dataroot_H_mask": "no_masks"}, "no_masks does not exist"),
+    ],
+)
+def test_wrong_options_are_one_line(folders, changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        define_Dataset(options(**{"dataroot_H": folders.H, **changes}))
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_partner_stops_the_data_set(folders):
+    (folders.path / "L/sub/bx4.png").unlink()
+    with pytest.raises(UserError, match=r"1 problem with the train images: .*b\.png: no image in dataroot_L"):
+        define_Dataset(options(dataroot_H=folders.H, dataroot_L=folders.L))
+
+
+# -------------------------------------------------------------------------------------------------- L, H and mask
+
+
+def places(dataset, index, masks, seeds):
+    """Check that L and mask of every item lie where H does, and yield where its first two pixels come from."""
+    for seed in seeds:
+        item = dataset[index, seed]
+        assert item["L"].shape == (3, 8, 8)
+        assert item["H"].shape == (3, 32, 32)
+        place = positions(item["H"])
+        if "mask" in item:
+            assert torch.equal(item["mask"][0], masks[place[..., 0], place[..., 1]])
+        yield item, place
+
+
+def test_L_H_and_mask_are_aligned_under_all_eight_modes(folders):
+    opt = options(dataset_type="srmask", dataroot_H=folders.H, dataroot_L=folders.L, dataroot_H_mask=folders.M)
+    dataset = define_Dataset(opt)
+    masks = torch.from_numpy(np.random.default_rng(1).integers(0, 2, (61, 83))).float()
+    directions = set()
+    for item, place in places(dataset, 1, masks, range(60)):
+        assert item["L_path"].endswith("bx4.png")
+        # a pixel of L stands for a 4 x 4 block of H and carries the position of its upper left corner
+        blocks = place.reshape(8, 4, 8, 4, 2).amin(dim=(1, 3))
+        assert torch.equal(positions(item["L"]), blocks)
+        directions.add((*(place[0, 1] - place[0, 0]).tolist(), *(place[1, 0] - place[0, 0]).tolist()))
+    assert len(directions) == 8
+
+
+def test_mask_augment_off_leaves_the_mask_as_it_was_cut(folders):
+    common = {"dataset_type": "srmask", "dataroot_H": folders.H, "dataroot_H_mask": folders.M}
+    aligned, askew = (define_Dataset(options(**common, mask_augment=on)) for on in (True, False))
+    different = 0
+    for seed in range(40):
+        a, b = aligned[0, seed], askew[0, seed]
+        assert torch.equal(a["H"], b["H"])
+        assert a["mask"].sum() == b["mask"].sum()
+        different += not torch.equal(a["mask"], b["mask"])
+    assert 27 <= different <= 40  # seven of eight: 35, standard deviation 2
+
+
+def test_no_mask_comes_without_a_mask_folder_or_a_mask_variant(folders):
+    assert "mask" not in define_Dataset(options(dataset_type="srmask", dataroot_H=folders.H))[0]
+    assert "mask" not in define_Dataset(options(dataroot_H=folders.H, dataroot_H_mask=folders.M))[0]
+
+
+def test_L_made_on_the_fly_is_the_bicubic_of_the_whole_image(tmp_path):
+    dataset = define_Dataset(options(dataroot_H=photos(tmp_path / "H", 1)))
+    H = uint2single(imread_uint(str(tmp_path / "H/0.png")))
+    L = imresize_np(H, 1 / SCALE)
+    for seed in range(8):
+        item = dataset[0, seed]
+        window = np.lib.stride_tricks.sliding_window_view(L, (8, 8), axis=(0, 1)).reshape(-1, 3, 8, 8)
+        views = [torch.rot90(flip, k, (1, 2)) for k in range(4) for flip in (item["L"], item["L"].flip(2))]
+        assert any((window == view.numpy()).all(axis=(1, 2, 3)).any() for view in views)
+    whole = define_Dataset(options(phase="test", dataroot_H=str(tmp_path / "H")))[0]
+    np.testing.assert_array_equal(whole["L"].permute(1, 2, 0), L)
+
+
+def test_the_test_phase_gives_whole_images_cut_to_the_scale(folders):
+    opt = options(phase="test", dataset_type="plainmask", dataroot_H=folders.H, dataroot_L=folders.L)
+    opt.dataroot_H_mask = folders.M
+    item = define_Dataset(opt)[2]
+    assert (item["L"].shape, item["H"].shape, item["mask"].shape) == ((3, 15, 20), (3, 60, 80), (1, 60, 80))
+    assert torch.equal(positions(item["H"])[::4, ::4], positions(item["L"]))
+
+
+def test_plain_at_scale_1_pairs_images_of_one_size(folders):
+    opt = options(dataset_type="plain", scale=1, dataroot_H=folders.H, dataroot_L=folders.H)
+    item = define_Dataset(opt)[0]
+    assert torch.equal(item["L"], item["H"])
+
+
+def test_one_channel_is_one_channel(tmp_path):
+    for dataset_type in ("sr", "blindsr"):
+        root = str(tmp_path / "H") if dataset_type == "blindsr" else photos(tmp_path / "H")
+        item = define_Dataset(options(dataset_type=dataset_type, n_channels=1, dataroot_H=root))[0]
+        assert (item["L"].shape, item["H"].shape) == ((1, 8, 8), (1, 32, 32))
+
+
+def test_images_without_ground_truth(folders):
+    item = define_Dataset(options(phase="test", dataset_type="l", dataroot_L=folders.L))[0]
+    assert item["L"].shape == (3, 15, 20)
+    assert sorted(item) == ["L", "L_path"]
+
+
+# ------------------------------------------------------------------------------------------------------------- blind
+
+
+@pytest.mark.parametrize("degradation_type", ["bsrgan", "bsrgan_light"])
+def test_blind_items_are_aligned_with_their_mask(folders, degradation_type):
+    opt = options(dataset_type="blindsrmask", dataroot_H=folders.H, dataroot_H_mask=folders.M)
+    opt.degradation_type = degradation_type
+    masks = torch.from_numpy(np.random.default_rng(0).integers(0, 2, (61, 83))).float()
+    for item, _ in places(define_Dataset(opt), 0, masks, range(16)):
+        assert item["L_path"] == item["H_path"]
+
+
+def test_lq_patchsize_keeps_an_aligned_part(folders):
+    opt = options(dataset_type="blindsrmask", dataroot_H=folders.H, dataroot_H_mask=folders.M)
+    opt.H_size, opt.lq_patchsize = 48, 8
+    masks = torch.from_numpy(np.random.default_rng(0).integers(0, 2, (61, 83))).float()
+    corners = {tuple(place[0, 0].tolist()) for _, place in places(define_Dataset(opt), 0, masks, range(16))}
+    assert len(corners) > 8
+
+
+def test_blind_L_shows_what_H_shows(tmp_path):
+    opt = options(dataset_type="blindsr", degradation_type="bsrgan_light", dataroot_H=photos(tmp_path / "H"))
+    for seed in range(10):
+        item = define_Dataset(opt)[0, seed]
+        small = imresize_np(item["H"].permute(1, 2, 0).numpy(), 1 / SCALE)
+        # blocks of random colour: unrelated patches do not correlate at all
+        assert np.corrcoef(small.ravel(), item["L"].permute(1, 2, 0).numpy().ravel())[0, 1] > 0.8
+
+
+def test_faces_stay_upright_in_blind_training(tmp_path):
+    (tmp_path / "H").mkdir()
+    imsave(position_image(40, 40), str(tmp_path / "H/face_1.png"))
+    dataset = define_Dataset(options(dataset_type="blindsr", dataroot_H=str(tmp_path / "H")))
+    for seed in range(16):
+        place = positions(dataset[0, seed]["H"])
+        assert (place[1, 0] - place[0, 0]).tolist() == [1, 0]
+
+
+def test_use_sharp_sharpens_H(tmp_path):
+    root = photos(tmp_path / "H")
+    plain, sharp = (define_Dataset(options(dataset_type="blindsr", dataroot_H=root, use_sharp=on)) for on in (0, 1))
+    assert sharp[0, 1]["H"].std() > plain[0, 1]["H"].std()
+
+
+# -------------------------------------------------------------------------------------------------- repeatability
+
+
+@pytest.mark.parametrize("dataset_type", ["sr", "blindsr"])
+def test_an_item_is_decided_by_its_seed_else_drawn_afresh(tmp_path, dataset_type):
+    dataset = define_Dataset(options(dataset_type=dataset_type, dataroot_H=photos(tmp_path / "H")))
+    assert torch.equal(dataset[1, 7]["L"], dataset[1, 7]["L"])
+    assert not torch.equal(dataset[1, 7]["L"], dataset[1, 8]["L"])
+    assert not all(torch.equal(dataset[1]["L"], dataset[1]["L"]) for _ in range(4))
+
+
+def test_the_blind_test_phase_is_decided_by_seed_and_index(tmp_path):
+    opt = options(phase="test", dataset_type="blindsr", dataroot_H=photos(tmp_path / "H"))
+    first, again = define_Dataset(opt), define_Dataset(opt)
+    assert torch.equal(first[1]["L"], again[1]["L"])
+    opt.seed = 1
+    assert not torch.equal(first[1]["L"].clone(), define_Dataset(options(**{**vars(opt)}))[2]["L"])
+    assert first[0]["H"].shape == (3, 64, 72)
+
+
+def test_spawned_workers_give_what_the_main_process_gives(tmp_path):
+    dataset = define_Dataset(options(dataset_type="blindsr", dataroot_H=photos(tmp_path / "H")))
+    dataset = pickle.loads(pickle.dumps(dataset))
+    keys = [(0, 5), (1, 6), (2, 7), (0, 8)]
+    loader = DataLoader(dataset, batch_size=2, sampler=keys, num_workers=2, multiprocessing_context="spawn")
+    batches = list(loader)
+    expected = [dataset[key] for key in keys]
+    assert torch.equal(torch.cat([batch["L"] for batch in batches]), torch.stack([item["L"] for item in expected]))
+    assert [path for batch in batches for path in batch["H_path"]] == [item["H_path"] for item in expected]
+
+
+# ------------------------------------------------------------------------------------------------------------- check
+
+
+def test_a_sound_data_set_has_no_problems(folders):
+    opt = options(dataset_type="srmask", dataroot_H=folders.H, dataroot_L=folders.L, dataroot_H_mask=folders.M)
+    assert find_problems(opt) == []
+    check_dataset(opt)
+    assert find_problems(options(phase="test", dataset_type="l", dataroot_L=folders.L)) == []
+
+
+def test_every_bad_image_is_listed_by_name_and_size(folders):
+    H, L, M = (folders.path / kind for kind in "HLM")
+    imsave(position_image(20, 90), str(H / "small.png"))
+    imsave(position_image(5, 22), str(L / "small.png"))
+    (H / "zero.png").touch()
+    imsave(position_image(9, 9), str(L / "zero.png"))
+    imsave(position_image(40, 40), str(H / "alone.png"))
+    imsave(position_image(14, 20), str(L / "ax4.png"))
+    encoded = (L / "sub/bx4.png").read_bytes()
+    (L / "sub/bx4.png").write_bytes(encoded[: len(encoded) // 2])
+    for name, shape in (("small", (20, 90)), ("zero", (9, 9)), ("alone", (40, 40)), ("sub/c", (61, 84))):
+        savemat(M / f"{name}.mat", {"mat": np.zeros(shape, int)})
+    opt = options(dataset_type="srmask", dataroot_H=folders.H, dataroot_L=folders.L, dataroot_H_mask=folders.M)
+    problems = find_problems(opt)
+    for name, why in {
+        "alone.png": ": no image in dataroot_L",
+        "ax4.png": " (20x14): not 1/4 of ",
+        "small.png": " (90x20): smaller than H_size 32",
+        "zero.png": " is empty",
+        "bx4.png": " cannot be decoded",
+        "c.mat": " (84x61): not the size of ",
+    }.items():
+        assert sum(f"{name}{why}" in problem for problem in problems) == 1, (name, problems)
+    assert len(problems) == 6
+    with pytest.raises(UserError, match=r"^6 problems with the train images: .*; \.\.\. and 1 more$") as error:
+        check_dataset(opt)
+    assert "\n" not in str(error.value)
+
+
+def test_small_images_are_fine_to_test_on(tmp_path):
+    root = photos(tmp_path / "H", 1, 16, 24)
+    assert find_problems(options(phase="test", dataroot_H=root)) == []
+    assert len(find_problems(options(dataroot_H=root))) == 1

@@ -1,0 +1,362 @@
+"""Reading, writing, colour, MATLAB bicubic and metrics: golden values of KAIR and BasicSR, and twins on made images."""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.io import savemat
+
+from utils import utils_image as util
+from utils.utils_error import UserError
+
+GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="golden values of the reference code are not at hand")
+
+
+def golden(name):
+    return np.load(GOLDEN / name)
+
+
+def smooth_image(height=40, width=52, seed=0):
+    """A made uint8 RGB photograph: smooth noise over the full range."""
+    noise = np.random.default_rng(seed).random((height, width, 3), np.float32)
+    noise = cv2.GaussianBlur(noise, (0, 0), 2)
+    return cv2.normalize(noise, None, 0, 255, cv2.NORM_MINMAX).round().astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------- files and folders
+
+
+def test_images_are_found_recursively_sorted_in_any_case(tmp_path):
+    names = ["b.PNG", "a.jpg", "sub/deep/c.TiF", "sub/d.webp", "e.jpeg", "f.bmp"]
+    for name in [*names, "notes.txt", "._a.jpg"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert util.get_image_paths(str(tmp_path)) == sorted(str(tmp_path / name) for name in names)
+    assert util.get_image_paths([str(tmp_path / "b.PNG"), str(tmp_path / "sub")])[0] == str(tmp_path / "b.PNG")
+    assert util.get_image_paths(None) == []
+
+
+@pytest.mark.parametrize("state", ["missing", "empty", "another file"])
+def test_a_folder_without_images_is_named_with_its_remedy(tmp_path, state):
+    path = tmp_path / "no images.here"
+    if state == "empty":
+        path.mkdir()
+    elif state == "another file":
+        path.touch()
+    with pytest.raises(UserError, match=r"no images\.here.* put images there \(png") as error:
+        util.get_image_paths(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_gray_alpha_palette_and_16_bit_files_come_as_rgb_and_as_gray(tmp_path):
+    rgb = smooth_image()
+    rgba = np.dstack([rgb, np.full(rgb.shape[:2], 7, np.uint8)])
+    gray = rgb[..., 0]
+    Image.fromarray(rgba).save(tmp_path / "alpha.png")
+    Image.fromarray(gray).save(tmp_path / "gray.png")
+    palette = Image.fromarray(rgb).quantize(16)
+    palette.save(tmp_path / "palette.png")
+    deep = rgb.astype(np.uint16) * 257
+    cv2.imwrite(str(tmp_path / "deep.png"), deep[..., ::-1])
+    cv2.imwrite(str(tmp_path / "deep_alpha.png"), np.dstack([deep[..., ::-1], deep[..., 0]]))
+    cv2.imwrite(str(tmp_path / "deep_gray.png"), deep[..., 0])
+    expected = {
+        "alpha": rgb,
+        "gray": np.dstack([gray] * 3),
+        "palette": np.array(palette.convert("RGB")),
+        "deep": deep,
+        "deep_alpha": deep,
+        "deep_gray": np.dstack([deep[..., 0]] * 3),
+    }
+    for name, img in expected.items():
+        path = str(tmp_path / f"{name}.png")
+        np.testing.assert_array_equal(util.imread_uint(path), img, err_msg=name)
+        one = util.imread_uint(path, n_channels=1)
+        assert one.shape == (*img.shape[:2], 1), name
+        assert one.dtype == img.dtype, name
+    np.testing.assert_array_equal(util.imread_uint(str(tmp_path / "deep_gray.png"), 1)[..., 0], deep[..., 0])
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    Image.fromarray(smooth_image(40, 52)).save(tmp_path / "turned.jpg", exif=exif)
+    assert util.imread_uint(str(tmp_path / "turned.jpg")).shape == (52, 40, 3)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".jpg", ".webp"])
+def test_what_is_saved_is_read_back(tmp_path, suffix):
+    path, img = str(tmp_path / f"größe 图{suffix}"), smooth_image()
+    util.imsave(img, path)
+    # the lossy formats: a smooth image at OpenCV's default quality stays within 12 of 255
+    np.testing.assert_allclose(util.imread_uint(path).astype(int), img, atol=12 if suffix in (".jpg", ".webp") else 0)
+    assert [p.name for p in tmp_path.iterdir()] == [Path(path).name]
+    util.imsave(img[..., 0], path)
+    assert util.imread_uint(path, 1).shape == (*img.shape[:2], 1)
+
+
+def test_16_bits_are_saved_in_png_and_refused_for_jpg(tmp_path):
+    deep = smooth_image().astype(np.uint16) * 257
+    util.imsave(deep, str(tmp_path / "deep.png"))
+    np.testing.assert_array_equal(util.imread_uint(str(tmp_path / "deep.png")), deep)
+    for name in ("deep.jpg", "deep.xyz", "no_folder/deep.png"):
+        with pytest.raises(UserError, match=name):
+            util.imsave(deep, str(tmp_path / name))
+    with pytest.raises(ValueError, match="float32"):
+        util.imsave(util.uint2single(deep), str(tmp_path / "float.png"))
+    assert [p.name for p in tmp_path.iterdir()] == ["deep.png"]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".jpg", ".webp"])
+def test_an_empty_or_truncated_file_is_named(tmp_path, suffix):
+    path = tmp_path / f"broken{suffix}"
+    encoded = cv2.imencode(suffix, smooth_image(200, 150))[1].tobytes()
+    for share in (0, 0.05, 0.5, 0.98):
+        path.write_bytes(encoded[: int(share * len(encoded))])
+        with pytest.raises(UserError, match=rf"broken\{suffix}"):
+            util.imread_uint(str(path))
+    with pytest.raises(UserError, match="missing.png"):
+        util.imread_uint(str(tmp_path / "missing.png"))
+
+
+def test_a_truncated_jpeg_is_told_from_one_with_a_thumbnail_or_an_appended_video(tmp_path):
+    whole = cv2.imencode(".jpg", smooth_image(200, 150))[1].tobytes()
+    thumbnail = cv2.imencode(".jpg", smooth_image(8, 8))[1].tobytes()
+    header = b"\xff\xd8\xff\xe1" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail
+    judge = {
+        "thumbnail": (header + whole[2:], False),
+        "thumbnail, truncated": (header + whole[2:-300], True),
+        "video that looks like a scan": (whole + b"\xff\xda video", False),
+    }
+    for name, (encoded, is_short) in judge.items():
+        assert util._jpeg_is_cut_short(np.frombuffer(encoded, np.uint8)) == is_short, name
+
+
+def test_float_tiff_is_refused_by_name(tmp_path):
+    cv2.imwrite(str(tmp_path / "float.tif"), smooth_image().astype(np.float32) / 255)
+    with pytest.raises(UserError, match=r"float\.tif holds float32"):
+        util.imread_uint(str(tmp_path / "float.tif"))
+
+
+def test_masks_are_read_from_mat_and_png(tmp_path):
+    mask = np.random.default_rng(0).integers(0, 2, (9, 13))
+    savemat(tmp_path / "m.mat", {"mat": mask}, do_compression=True)
+    util.imsave((mask * 255).astype(np.uint8), str(tmp_path / "m255.png"))
+    util.imsave(mask.astype(np.uint8), str(tmp_path / "m1.png"))
+    for name in ("m.mat", "m255.png", "m1.png"):
+        read = util.read_mask(str(tmp_path / name))
+        assert read.dtype == np.float32
+        np.testing.assert_array_equal(read, mask)
+    assert util.get_mask_paths(str(tmp_path)) == [str(tmp_path / "m.mat")]
+    savemat(tmp_path / "empty.mat", {"mat": np.zeros((4, 5), int)})
+    assert util.read_mask(str(tmp_path / "empty.mat")).sum() == 0
+
+
+def test_what_is_no_mask_is_named(tmp_path):
+    savemat(tmp_path / "other.mat", {"mask": np.zeros((3, 3))})
+    savemat(tmp_path / "three.mat", {"mat": np.arange(9).reshape(3, 3)})
+    savemat(tmp_path / "whole.mat", {"mat": np.zeros((30, 30), int)}, do_compression=True)
+    (tmp_path / "short.mat").write_bytes((tmp_path / "whole.mat").read_bytes()[:-12])
+    (tmp_path / "zero.mat").touch()
+    util.imsave(smooth_image(), str(tmp_path / "photo.png"))
+    for name in ("other.mat", "three.mat", "short.mat", "zero.mat", "missing.mat", "photo.png"):
+        with pytest.raises(UserError, match=name):
+            util.read_mask(str(tmp_path / name))
+
+
+# ------------------------------------------------------------------------------------------- numbers, arrays, tensors
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_every_level_survives_the_way_to_a_tensor_and_back(bits):
+    levels = np.arange(2**bits).astype(f"uint{bits}").reshape(2 ** (bits // 2), -1)
+    for img in (levels, np.dstack([levels, levels.T, levels[::-1]])):
+        tensor = util.uint2tensor4(img)
+        assert tensor.shape == (1, img.ndim == 3 and 3 or 1, *img.shape[:2])
+        assert (tensor.min(), tensor.max()) == (0, 1)
+        np.testing.assert_array_equal(util.tensor2uint(tensor, bits), img)
+        np.testing.assert_array_equal(util.single2uint(util.uint2single(img), bits), img)
+
+
+def test_tensor2uint_clips_rounds_and_leaves_the_tensor_alone():
+    tensor = torch.tensor([[[[-1.0, 0.3 / 255, 0.7 / 255, 2.0]]]], requires_grad=True)
+    np.testing.assert_array_equal(util.tensor2uint(tensor), [[0, 0, 1, 255]])
+    assert tensor.min() == -1
+    with pytest.raises(ValueError, match="batch"):
+        util.tensor2uint(torch.zeros(2, 3, 4, 4))
+
+
+def test_modcrop_cuts_bottom_and_right():
+    img = np.arange(7 * 9 * 3).reshape(7, 9, 3)
+    np.testing.assert_array_equal(util.modcrop(img, 4), img[:4, :8])
+    assert util.modcrop(img[..., 0], 1).shape == (7, 9)
+
+
+def test_the_eight_augmentations_are_all_different_and_treat_gray_as_rgb():
+    img = np.arange(2 * 3 * 3).reshape(2, 3, 3)
+    seen = {(view := util.augment_img(img, mode)).shape + tuple(view.ravel()) for mode in range(8)}
+    assert len(seen) == 8
+    for mode in range(8):
+        np.testing.assert_array_equal(util.augment_img(img[..., 1], mode), util.augment_img(img, mode)[..., 1])
+    np.testing.assert_array_equal(util.augment_img(img, 4), img[:, ::-1])
+
+
+@needs_golden
+@pytest.mark.parametrize("mode", range(8))
+def test_augmentations_equal_kairs(mode):
+    z = golden("image/kair_blindsr.npz")
+    np.testing.assert_array_equal(util.augment_img(z["augment_input"], mode), z[f"augment_mode{mode}"])
+
+
+# ------------------------------------------------------------------------------------------------------------ colour
+
+
+def test_white_and_black_have_matlabs_luma_in_every_dtype():
+    for peak, dtype, tolerance in ((255, np.uint8, 0), (65535, np.uint16, 0), (1.0, np.float64, 1e-12)):
+        img = np.array([[[0, 0, 0], [peak] * 3]]).astype(dtype)
+        expected = np.array([16, 235]) * peak / 255  # exact for integers; rounding errors only for floats
+        np.testing.assert_allclose(util.rgb2ycbcr(img)[0], expected, atol=tolerance)
+        chroma = util.rgb2ycbcr(img, only_y=False)[0, :, 1:]
+        np.testing.assert_allclose(chroma, 128 * peak / 255, atol=tolerance)
+    np.testing.assert_allclose(util.unrounded_y(np.full((1, 1, 3), 100, np.uint8)), 16 + 219 * 100 / 255)
+    np.testing.assert_array_equal(util.unrounded_y(np.full((2, 2, 1), 9, np.uint8)), np.full((2, 2), 9.0))
+
+
+@needs_golden
+def test_colour_equals_kairs_and_basicsrs():
+    z = golden("image/colour.npz")
+    for kind in ("uint8", "float"):
+        img = z[f"rgb_{kind}"]
+        # uint8 exactly; float32: two units in the last place below 1
+        for only_y, name in ((True, "rgb2ycbcr_y"), (False, "rgb2ycbcr")):
+            ours = util.rgb2ycbcr(img, only_y)
+            assert ours.dtype == img.dtype
+            np.testing.assert_allclose(ours.astype(float), z[f"kair/{name}/{kind}"], atol=1.2e-7)
+    # the reference computes in float32, whose step near 235 is 1.5e-5
+    y = util.unrounded_y(z["rgb_uint8"])
+    np.testing.assert_allclose(y, z["basicsr/to_y_channel_of_bgr_uint8"][..., 0], atol=4e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- MATLAB bicubic
+
+
+@needs_golden
+@pytest.mark.parametrize("crop", ["even48x60", "odd37x45", "odd51x33"])
+def test_bicubic_equals_kairs_in_numpy_and_torch(crop):
+    z = golden("image/imresize.npz")
+    img = util.uint2single(z[f"input/{crop}"])
+    names = [name for name in z.files if name.startswith(f"output/{crop}/")]
+    assert len(names) >= 5
+    for name in names:
+        factor, _, no_antialias = name.split("/")[2].removeprefix("x").partition("_no_antialias")
+        is_fraction, antialiasing = factor.startswith("1_"), "_no_antialias" not in name
+        scale = 1 / int(factor[2:]) if is_fraction else int(factor)
+        # float32 sums of up to 18 taps in another order
+        np.testing.assert_allclose(util.imresize_np(img, scale, antialiasing), z[name], atol=1e-6, err_msg=name)
+        tensor = util.imresize(util.single2tensor3(img), scale, antialiasing)
+        np.testing.assert_allclose(tensor.permute(1, 2, 0), z[name], atol=1e-6, err_msg=name)
+
+
+@needs_golden
+def test_bicubic_of_gray_equals_kairs():
+    z = golden("image/imresize.npz")
+    for scale, name in ((0.5, "x1_2"), (2, "x2")):
+        np.testing.assert_allclose(util.imresize_np(z["input_gray"], scale), z[f"output_gray/{name}"], atol=1e-6)
+
+
+def test_bicubic_of_a_step_has_matlabs_values():
+    # imresize([0 0 0 0 1 1 1 1], 0.5, 'bicubic') worked out by hand: taps at +-0.25, 0.75, 1.25, 1.75 of the cubic
+    step = np.repeat([0.0, 1.0], 4)[None].repeat(8, axis=0)
+    row = util.imresize_np(step, 0.5)[0]
+    np.testing.assert_allclose(row, [0, -3.5 / 128, 1 + 3.5 / 128, 1], atol=1e-12)
+
+
+@pytest.mark.parametrize(("scale", "shape"), [(0.25, (10, 13)), (1 / 3, (13, 17)), (2, (78, 102)), (1.5, (59, 77))])
+def test_bicubic_keeps_constants_and_rounds_sizes_up(scale, shape):
+    resized = util.imresize_np(np.full((39, 51, 2), 0.7), scale)
+    assert resized.shape == (*shape, 2)
+    np.testing.assert_allclose(resized, 0.7, rtol=1e-14)  # weights are normalised: float64 rounding is left
+
+
+def test_bicubic_of_a_window_is_bit_for_bit_that_part_of_the_whole():
+    img = util.uint2single(smooth_image(61, 83))
+    whole = util.imresize_np(img, 1 / 3)
+    np.testing.assert_array_equal(util.imresize_np(img, 1 / 3, window=(5, 7, 12, 11)), whole[5:17, 7:18])
+
+
+def test_bicubic_works_on_images_smaller_than_its_kernel():
+    assert util.imresize_np(np.ones((3, 2), np.float32), 0.25).tolist() == [[1.0]]
+
+
+def test_bicubic_of_tensors_is_differentiable_and_agrees_with_numpy():
+    img = np.random.default_rng(0).random((17, 23, 3))
+    tensor = torch.from_numpy(img).permute(2, 0, 1)[None].requires_grad_()
+    resized = util.imresize(tensor, 0.5)
+    # the same weights in float64, another order of summation
+    np.testing.assert_allclose(resized[0].detach().permute(1, 2, 0), util.imresize_np(img, 0.5), atol=1e-14)
+    resized.sum().backward()
+    assert tensor.grad.sum().item() == pytest.approx(resized.numel())  # each output pixel hands out a weight of 1
+
+
+# ----------------------------------------------------------------------------------------------------------- metrics
+
+
+def test_psnr_of_a_constant_difference_is_the_formula():
+    a = np.full((20, 30, 3), 100, np.uint8)
+    b = a + 5
+    assert util.calculate_psnr(a, b) == pytest.approx(20 * np.log10(255 / 5))
+    deep_a, deep_b = a.astype(np.uint16) * 257, b.astype(np.uint16) * 257
+    assert util.calculate_psnr(deep_a, deep_b) == pytest.approx(20 * np.log10(255 / 5))
+    assert util.calculate_psnr(a / 255, b / 255, data_range=1.0) == pytest.approx(20 * np.log10(255 / 5))
+    b[:4] = 0
+    assert util.calculate_psnr(a, b, border=4) == pytest.approx(20 * np.log10(255 / 5))
+    assert util.calculate_psnr(a, a) == float("inf")
+
+
+def test_ssim_of_equal_images_is_one_and_of_constants_the_formula():
+    a = smooth_image()
+    assert util.calculate_ssim(a, a, border=4) == pytest.approx(1)
+    x, y, c1 = 100.0, 120.0, (0.01 * 255) ** 2
+    flat = np.full((20, 20), 1.0)
+    expected = (2 * x * y + c1) / (x * x + y * y + c1)
+    # rounding in the variances (1e-12 of 1e4) against c2 = 58
+    assert util.calculate_ssim(x * flat, y * flat) == pytest.approx(expected, abs=1e-9)
+
+
+def test_metrics_of_16_bit_images_are_those_of_the_same_8_bit_images():
+    a, b = smooth_image(seed=0), smooth_image(seed=1)
+    deep_a, deep_b = (img.astype(np.uint16) * 257 for img in (a, b))
+    assert util.calculate_ssim(deep_a, deep_b) == pytest.approx(util.calculate_ssim(a, b), abs=1e-12)
+    assert util.unrounded_y(deep_a) == pytest.approx(util.unrounded_y(a) * 257)
+
+
+def test_metrics_refuse_what_cannot_be_compared():
+    a = np.zeros((12, 12, 3), np.uint8)
+    for metric in (util.calculate_psnr, util.calculate_ssim):
+        with pytest.raises(ValueError, match="different shapes"):
+            metric(a, a[:-1])
+    with pytest.raises(ValueError, match="11 x 11"):
+        util.calculate_ssim(a, a, border=1)
+
+
+@needs_golden
+@pytest.mark.parametrize("border", [0, 4])
+@pytest.mark.parametrize("name", ["baby", "bird", "butterfly", "head", "woman"])
+def test_metrics_equal_kairs_and_basicsrs(name, border):
+    reference = json.loads((GOLDEN / "image/metrics.json").read_text())[name]
+    E, H = golden("image/metrics.npz")[f"sr/{name}"], golden("ssl/images_set5.npz")[name]
+    forms = {
+        "kair_{}_rgb": ((E, H), 1e-9),
+        "kair_{}_y": ((util.rgb2ycbcr(E), util.rgb2ycbcr(H)), 1e-9),
+        # the reference computes Y in float32
+        "basicsr_{}_y": ((util.unrounded_y(E), util.unrounded_y(H)), 1e-6),
+    }
+    for form, (pair, tolerance) in forms.items():
+        for metric, function in (("psnr", util.calculate_psnr), ("ssim", util.calculate_ssim)):
+            expected = reference[f"{form.format(metric)}_border{border}"]
+            assert function(*pair, border=border) == pytest.approx(expected, abs=tolerance), form

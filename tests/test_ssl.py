@@ -1,0 +1,285 @@
+"""The self-similarity loss: both PyTorch forms against the published numbers and against each other."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import GOLDEN
+from utils import utils_ssl
+from utils.utils_ssl import SelfSimilarityLoss, edge_mask, mask_stride_pattern, self_similarity_graph
+
+MODES = ["pytorch", "boxsum"]
+CASES = sorted(path.stem for path in (GOLDEN / "ssl").glob("s*.json"))
+
+
+def published_pair() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The generated pair of spec/ssl.md section 9, in float64: (GT, SR, mask)."""
+    c, y, x = np.mgrid[:3, :24, :24].astype(np.float64)
+    gt = 0.5 + 0.25 * np.sin(0.3 * y + 0.2 * x + c)
+    sr = gt + 0.02 * np.cos(0.5 * x - 0.4 * y)
+    mask = np.zeros((24, 24))
+    for pixel in ((0, 0), (5, 17), (12, 12), (23, 3)):
+        mask[pixel] = 1
+    return torch.tensor(gt)[None], torch.tensor(sr)[None], torch.tensor(mask)[None, None]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_graph_of_the_generated_image_has_the_published_numbers(mode):
+    gt, sr, mask = published_pair()
+    plain = self_similarity_graph(gt, mask, generalization=False, ssl_mode=mode).reshape(4, 25, 25)
+    graph = self_similarity_graph(gt, mask, ssl_mode=mode).reshape(4, 25, 25)
+    graph_sr = self_similarity_graph(sr, mask, ssl_mode=mode).reshape(4, 25, 25)
+    # The figures are printed with ten decimals.
+    published = [7.6218446099, 26.3403832140, 35.9930937156, 8.2852154081]
+    torch.testing.assert_close(plain.sum((1, 2)), torch.tensor(published, dtype=torch.float64), rtol=0, atol=6e-11)
+    for value, figures in (
+        (graph[:, 12, 12], [0.1312018351, 0.0379645198, 0.0277831077, 0.1206969223]),
+        (graph_sr[:, 12, 12], [0.1382681341, 0.0416678567, 0.0305762991, 0.1258080942]),
+        (graph[:, 12, 13], [0.0965520853, 0.0277686153, 0.0203496591, 0.0890391090]),
+        (plain[:, 9, 14], [0.0027956011, 0.1481404647, 0.1468505505, 0.0181271750]),
+    ):
+        torch.testing.assert_close(value, torch.tensor(figures, dtype=torch.float64), rtol=0, atol=6e-11)
+    # Two positions in the ring where windows leave the search area; printed with five and seven digits.
+    corner = torch.tensor([1.7325e-34, 6.6621e-18, 1.1374e-24, 1.9039e-35], dtype=torch.float64)
+    torch.testing.assert_close(plain[:, 0, 0], corner, rtol=5e-5, atol=0)
+    side = torch.tensor([2.822472e-10, 4.335880e-10, 1.963067e-11, 2.415190e-08], dtype=torch.float64)
+    torch.testing.assert_close(plain[:, 12, 3], side, rtol=5e-7, atol=0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_loss_and_gradient_of_the_generated_pair_are_the_published_ones(mode):
+    gt, sr, mask = published_pair()
+    sr.requires_grad_()
+    l1, kl = SelfSimilarityLoss(1, 1, ssl_mode=mode).terms(sr, gt, mask)
+    # Printed with thirteen digits, computed in float64.
+    assert l1.item() == pytest.approx(1.019350012864e-04, rel=1e-11)
+    assert kl.item() == pytest.approx(6.786220051409e-06, rel=1e-11)
+    (gradient,) = torch.autograd.grad(SelfSimilarityLoss(1000, 1000, ssl_mode=mode)(sr, gt, mask), sr)
+    # Printed with eleven decimals at most.
+    assert gradient.sum().item() == pytest.approx(-8.4240981e-03, abs=6e-11)
+    assert gradient.abs().sum().item() == pytest.approx(17.597248932, abs=6e-10)
+    assert gradient[0, 0, 12, 12].item() == pytest.approx(9.8450138245e-03, abs=6e-13)
+    assert gradient[0, 2, 0, 0].item() == pytest.approx(5.3494095026e-02, abs=6e-12)
+    assert gradient[0, 1, 20, 5].item() == pytest.approx(1.2542492313e-02, abs=6e-12)
+
+
+@pytest.mark.parametrize("case", CASES or ["none here"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_every_golden_case_gives_its_values_and_gradients(golden, case, mode, dtype):
+    info = json.loads((golden / "ssl" / f"{case}.json").read_text())
+    data = np.load(golden / "ssl" / f"{case}.npz")
+    gt, sr = (torch.tensor(data[name])[None].to(dtype) for name in ("gt", "sr"))
+    mask = torch.tensor(data["mask"])[None, None]
+    sizes = info["kernel_size_search"], info["kernel_size_window"]
+    settings = *sizes, info["sigma"], info["generalization"]
+    if mode == "pytorch" and sizes == (25, 9) and info["masked_pixels"] > 100:
+        pytest.skip("the specification would hold more than 100 MB of windows per image")
+    sr.requires_grad_()
+    l1, kl = SelfSimilarityLoss(1, 1, *settings, ssl_mode=mode).terms(sr, gt, mask)
+    (l1 + kl).backward()
+    if dtype == torch.float64:  # agreement to rounding
+        rtol = dict(l1=1e-12, kl=1e-9, graph=1e-11, gradient=1e-10)
+    else:  # float32; at sigma 1 the graph is flat, and KL is a difference of numbers near 1
+        flat = info["sigma"] == 1
+        rtol = dict(l1=2e-4 if flat else 2e-5, kl=0.1 if flat else 1e-5, graph=2e-5, gradient=2e-3 if flat else 1e-4)
+    assert l1.item() == pytest.approx(float(data["loss_l1"]), rel=rtol["l1"])
+    assert kl.item() == pytest.approx(float(data["loss_kl"]), rel=rtol["kl"])
+    for image, name in ((sr.detach(), "sr"), (gt, "gt")):
+        graph = self_similarity_graph(image, mask, *settings, ssl_mode=mode).double().numpy()
+        rows = data["ssg_rows"] if "ssg_rows" in data else slice(None)
+        published = data[f"ssg_{name}"]
+        # Entries far down the exponential carry the relative error of the exponent; all that matter are above 1e-12.
+        np.testing.assert_allclose(graph[rows], published, rtol=rtol["graph"], atol=1e-12 + rtol["graph"] * 1e-2)
+    assert sr.grad is not None
+    error = np.abs(sr.grad[0].double().numpy() - data["grad"]).max() / np.abs(data["grad"]).max()
+    assert error < rtol["gradient"]
+
+
+@pytest.mark.parametrize("case", ["batch_recipe", "batch_small_window"])
+@pytest.mark.parametrize("strided", [False, True])
+def test_batches_average_over_the_pixels_of_all_images(golden, case, strided):
+    info = json.loads((golden / "ssl" / f"{case}.json").read_text())
+    data = np.load(golden / "ssl" / f"{case}.npz")
+    gt, sr = (torch.tensor(data[name]).double() for name in ("gt", "sr"))
+    mask = torch.tensor(data["mask"]).reshape(len(gt), 1, *gt.shape[2:]).double()
+    loss = SelfSimilarityLoss(
+        info["loss_weight"],
+        info["loss_weight"],
+        info["kernel_size_search"],
+        info["kernel_size_window"],
+        info["sigma"],
+        info["generalization"],
+        mask_stride=info["mask_stride_for_strided_variant"] if strided else 0,
+    )
+    sr.requires_grad_()
+    l1, kl = loss.terms(sr, gt, mask)
+    (l1 + kl).backward()
+    suffix = "_strided" if strided else ""
+    assert l1.item() == pytest.approx(info[f"l_selfsim{suffix}"], rel=1e-11)  # float64 to rounding
+    assert kl.item() == pytest.approx(info[f"l_selfsim_kl{suffix}"], rel=1e-10)
+    published = data[f"grad{suffix}"]
+    assert np.abs(sr.grad.numpy() - published).max() < 1e-10 * np.abs(published).max()
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "search", "window", "channels"),
+    [(20, 24, 11, 5, 3), (9, 7, 9, 9, 1), (13, 14, 25, 9, 3), (30, 20, 7, 1, 2), (8, 9, 1, 1, 3), (16, 40, 25, 25, 1)],
+)
+def test_boxsum_equals_the_specification_for_any_sizes(height, width, search, window, channels):
+    rng = torch.Generator().manual_seed(height)
+    image = torch.rand(3, channels, height, width, dtype=torch.float64, generator=rng)
+    mask = (torch.rand(3, 1, height, width, generator=rng) < 0.2).double()
+    mask[1] = 0  # an image without edges between two with
+    mask[0, 0, 0, 0] = mask[2, 0, -1, -1] = 1
+    results = []
+    for mode in MODES:
+        img = image.clone().requires_grad_()
+        graph = self_similarity_graph(img, mask, search, window, 0.1, ssl_mode=mode)
+        upstream = torch.rand(graph.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+        (gradient,) = torch.autograd.grad((graph * upstream).sum(), img)
+        results.append((graph.detach(), gradient))
+    # Float64 sums in another order.
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-10, atol=1e-14)
+
+
+def test_gradient_of_boxsum_passes_gradcheck():
+    image = torch.rand(2, 2, 6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    mask = torch.zeros(2, 1, 6, 7)
+    mask[0, 0, 0, 0] = mask[0, 0, 3, 4] = mask[1, 0, 5, 6] = 1
+    assert torch.autograd.gradcheck(lambda x: self_similarity_graph(x, mask, 5, 3, 0.3, ssl_mode="boxsum"), image)
+
+
+def test_many_large_images_are_split_without_changing_the_graph():
+    image = torch.rand(5, 1, 220, 230, generator=torch.Generator().manual_seed(1))
+    mask = torch.zeros(5, 1, 220, 230)
+    mask[0, 0, 3, 4] = mask[3, 0, 100, 100] = mask[4, 0, 219, 0] = 1
+    whole = self_similarity_graph(image, mask, ssl_mode="boxsum")
+    alone = [self_similarity_graph(image[i : i + 1], mask[i : i + 1], ssl_mode="boxsum") for i in (0, 3, 4)]
+    torch.testing.assert_close(whole, torch.cat(alone), rtol=0, atol=0)  # the same sums in the same order
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_empty_masks_give_zero_loss_and_zero_gradient(mode):
+    sr = torch.rand(2, 3, 16, 16, requires_grad=True)
+    loss = SelfSimilarityLoss(1000, 1000, 9, 3, ssl_mode=mode)(sr, torch.rand(2, 3, 16, 16), torch.zeros(2, 1, 16, 16))
+    loss.backward()
+    assert loss.item() == 0
+    assert sr.grad is not None
+    assert sr.grad.abs().max() == 0
+
+
+def test_gradient_flows_to_the_output_only_and_equal_images_have_no_loss():
+    gt, _, mask = published_pair()
+    sr, gt = gt.clone().requires_grad_(), gt.requires_grad_()
+    loss = SelfSimilarityLoss(1000, 1000)(sr, gt, mask)
+    loss.backward()
+    assert loss.item() == 0
+    assert gt.grad is None
+
+
+def test_autocast_changes_nothing_and_half_precision_is_computed_in_float32():
+    gt, sr, mask = (x.float() for x in published_pair())
+    plain = SelfSimilarityLoss(1000, 1000)(sr, gt, mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert SelfSimilarityLoss(1000, 1000)(sr, gt, mask) == plain
+    half = sr.bfloat16().requires_grad_()
+    loss = SelfSimilarityLoss(1000, 1000)(half, gt.bfloat16(), mask)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert half.grad is not None
+    assert half.grad.dtype == torch.bfloat16
+
+
+def test_loss_of_a_non_contiguous_image_is_that_of_its_copy():
+    gt, sr, mask = published_pair()
+    flipped = sr.permute(0, 1, 3, 2)
+    loss = SelfSimilarityLoss(1, 1)
+    expected = loss(flipped.contiguous(), gt.transpose(2, 3).contiguous(), mask.transpose(2, 3).contiguous())
+    torch.testing.assert_close(loss(flipped, gt.transpose(2, 3), mask.transpose(2, 3)), expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("name", ["baby", "bird", "butterfly", "head", "woman"])
+def test_edge_masks_equal_the_published_ones_bit_for_bit(golden, name):
+    image = np.load(golden / "ssl" / "images_set5.npz")[name]
+    published = np.load(golden / "ssl" / "masks_laplacian.npz")
+    mask = edge_mask(torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255)
+    np.testing.assert_array_equal(mask[0, 0].numpy(), published[name])
+
+
+def test_edge_mask_marks_the_dark_side_of_an_edge():
+    image = torch.full((1, 3, 6, 8), 0.8)
+    image[..., :4] = 0.2
+    mask = edge_mask(image)
+    assert mask.shape == (1, 1, 6, 8)
+    assert mask[0, 0].nonzero()[:, 1].unique().tolist() == [3]
+    # 0.2 and 0.8 are the grey levels 51 and 204: the response is their difference, and the threshold is strict.
+    assert edge_mask(image, threshold=152.9).sum() == 6
+    assert edge_mask(image, threshold=153).sum() == 0
+    assert torch.equal(edge_mask(image[:, :1]), mask)
+
+
+def test_stride_pattern_is_a_tiled_identity():
+    pattern = mask_stride_pattern(4, 7, 3)[0, 0].int()
+    assert ["".join(map(str, row.tolist())) for row in pattern] == ["1001001", "0100100", "0010010", "1001001"]
+    assert mask_stride_pattern(5, 4, 0).sum() == 20
+
+
+def test_stride_patterns_equal_the_published_ones(golden):
+    published = np.load(golden / "ssl" / "mask_stride.npz")
+    for name in published.files:
+        size, stride = (int("".join(filter(str.isdigit, part))) for part in name.split("_"))
+        np.testing.assert_array_equal(mask_stride_pattern(size, size, stride)[0, 0].numpy(), published[name])
+
+
+def test_mask_is_made_from_the_ground_truth_when_none_is_given():
+    gt = torch.full((1, 3, 16, 16), 0.8)
+    gt[..., :8] = 0.2
+    sr = gt + 0.05 * torch.rand(gt.shape, generator=torch.Generator().manual_seed(0))
+    loss = SelfSimilarityLoss(10, 10, 9, 3)
+    assert loss(sr, gt) == loss(sr, gt, edge_mask(gt)) > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(img=torch.rand(1, 3, 12, 40)), "12 x 40 pixels are too small"),
+        (dict(mask=torch.ones(1, 1, 40, 40)), "does not fit"),
+        (dict(mask=torch.ones(1, 3, 20, 40)), "must be \\(N, 1, H, W\\)"),
+        (dict(mask=torch.full((1, 1, 20, 40), 255.0)), "must be of {0, 1}"),
+        (dict(search=24), "must be odd"),
+        (dict(search=7), "not larger than the search area"),
+        (dict(img=torch.zeros(1, 3, 20, 40, dtype=torch.uint8)), "floating point"),
+        (dict(mode="cuda"), "cannot be had here"),
+    ],
+)
+def test_wrong_arguments_are_named_with_their_values(change, words):
+    img = change.get("img", torch.rand(1, 3, 20, 40))
+    mask = change.get("mask", torch.ones(1, 1, *img.shape[2:]))
+    with pytest.raises(ValueError, match=words):
+        self_similarity_graph(img, mask, change.get("search", 25), 9, ssl_mode=change.get("mode", "auto"))
+
+
+def test_auto_says_once_what_it_took(caplog):
+    utils_ssl._said.clear()
+    with caplog.at_level(logging.INFO):
+        SelfSimilarityLoss(1, 1)
+        SelfSimilarityLoss(1, 1)
+    assert [r.message for r in caplog.records if "ssl_mode auto takes" in r.message].__len__() == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("mode", MODES)
+def test_gpu_gives_the_values_and_gradients_of_the_cpu(mode):
+    gt, sr, mask = published_pair()
+    results = []
+    for device in ("cpu", "cuda"):
+        x = sr.to(device).requires_grad_()
+        loss = SelfSimilarityLoss(1000, 1000, ssl_mode=mode)(x, gt.to(device), mask.to(device))
+        results.append((loss.item(), torch.autograd.grad(loss, x)[0].cpu()))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-12)  # float64 in another order
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-9, atol=1e-13)

@@ -1,0 +1,368 @@
+"""Images: finding, reading and writing files, arrays to tensors and back, colour, MATLAB bicubic, PSNR and SSIM.
+
+The names and meanings are those of KAIR (https://github.com/cszn/KAIR, ``utils/utils_image.py``). An image is an array
+``(H, W)`` or ``(H, W, C)`` in RGB order: ``uint8`` or ``uint16`` on disk, ``single`` (float32 in [0, 1]) in memory.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from io import BytesIO
+from math import ceil, inf, log10
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import DTypeLike, NDArray
+from PIL import Image
+from scipy.io import loadmat
+from scipy.io.matlab import MatReadError
+from scipy.sparse import csr_array
+
+from utils.utils_error import UserError
+
+Array = NDArray[Any]
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+
+# A file that cannot be decoded becomes a UserError here; OpenCV's own lines on stderr would only stand in front of it.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
+# ------------------------------------------------------------------------------------------------- files and folders
+
+
+def get_image_paths(dataroot: str | Sequence[str] | None) -> list[str]:
+    """All image files below one folder or several, sorted within each; a single file stands for itself.
+
+    None gives an empty list. Raises UserError for a path that is missing or holds no image.
+    """
+    return _find_files(dataroot, IMAGE_SUFFIXES, "images")
+
+
+def get_mask_paths(dataroot: str | Sequence[str] | None) -> list[str]:
+    """All edge masks below one folder or several: its ``.mat`` files or, where there are none, its ``.png`` files.
+
+    Mask scripts write both side by side, the PNG only to look at. Errors are those of :func:`get_image_paths`.
+    """
+    found = _find_files(dataroot, (".mat", ".png"), "edge masks")
+    return [path for path in found if path.lower().endswith(".mat")] or found
+
+
+def _find_files(dataroot: str | Sequence[str] | None, suffixes: tuple[str, ...], what: str) -> list[str]:
+    if dataroot is None:
+        return []
+    if not isinstance(dataroot, str):
+        return [path for root in dataroot for path in _find_files(root, suffixes, what)]
+    wanted = f"put {what} there ({' '.join(suffix[1:] for suffix in suffixes)}; sub-folders count) or change the option"
+    if os.path.isfile(dataroot):
+        if not dataroot.lower().endswith(suffixes):
+            raise UserError(f"{dataroot} is not one of the {what} that can be read: {wanted}")
+        return [dataroot]
+    if not os.path.isdir(dataroot):
+        raise UserError(f"{dataroot} does not exist: {wanted}")
+    found = sorted(
+        os.path.join(folder, name)
+        for folder, _, names in os.walk(dataroot, followlinks=True)
+        for name in names
+        if name.lower().endswith(suffixes) and not name.startswith(".")  # "._x.png": macOS's notes about x.png
+    )
+    if not found:
+        raise UserError(f"{dataroot} holds no {what}: {wanted}")
+    return found
+
+
+def imread_uint(path: str, n_channels: int = 3) -> Array:
+    """Read an image as ``(H, W, n_channels)``, RGB or gray, uint8 or uint16 as in the file.
+
+    Alpha is dropped, palettes are resolved, EXIF rotation is applied. Raises UserError for a file that cannot be read.
+    """
+    if n_channels not in (1, 3):
+        raise ValueError(f"n_channels must be 1 or 3, not {n_channels}")
+    flags = cv2.IMREAD_ANYDEPTH | (cv2.IMREAD_COLOR if n_channels == 3 else cv2.IMREAD_GRAYSCALE)
+    try:
+        data = np.fromfile(path, dtype=np.uint8)  # cv2.imread cannot open every path on Windows
+        img = cv2.imdecode(data, flags) if data.size else None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except cv2.error as error:
+        raise UserError(f"{path} cannot be decoded: it is damaged or no image; replace or remove it") from error
+    if img is None or _jpeg_is_cut_short(data):
+        state = "cannot be decoded: it is damaged, cut short or no image" if data.size else "is empty (0 bytes)"
+        raise UserError(f"{path} {state}; replace or remove it")
+    if img.dtype not in (np.uint8, np.uint16):
+        raise UserError(f"{path} holds {img.dtype} values: save it with 8 or 16 bits a channel")
+    return cv2.cvtColor(img, cv2.COLOR_BGR2RGB) if n_channels == 3 else img[..., None]
+
+
+def _jpeg_is_cut_short(data: Array) -> bool:
+    """OpenCV 4 fills the missing part of a JPEG with gray and reports success."""
+    encoded = data.tobytes()
+    start_of_scan, end_of_image = b"\xff\xda", b"\xff\xd9"
+    if not encoded.startswith(b"\xff\xd8") or encoded.rfind(end_of_image) > encoded.rfind(start_of_scan):
+        return False
+    try:  # phones append videos, whose bytes can look like another scan: ask a decoder that knows
+        Image.open(BytesIO(encoded)).load()
+    except OSError:
+        return True
+    return False
+
+
+def imsave(img: Array, img_path: str) -> None:
+    """Write an RGB ``(H, W, 3)`` or gray ``(H, W)``, ``(H, W, 1)`` image, uint8 or uint16, whole or not at all.
+
+    Raises UserError for a suffix or folder that cannot be written, ValueError for any other dtype.
+    """
+    if img.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"imsave takes uint8 or uint16, not {img.dtype}; convert with single2uint or tensor2uint")
+    suffix = os.path.splitext(img_path)[1].lower()
+    if suffix not in IMAGE_SUFFIXES:
+        raise UserError(f"{img_path}: no image format is called {suffix!r}; use one of {' '.join(IMAGE_SUFFIXES)}")
+    if img.dtype == np.uint16 and suffix not in (".png", ".tif", ".tiff"):
+        raise UserError(f"{img_path}: {suffix} holds 8 bits a channel; use .png or .tif for 16")
+    is_rgb = img.ndim == 3 and img.shape[2] == 3
+    encoded = cv2.imencode(suffix, cv2.cvtColor(img, cv2.COLOR_RGB2BGR) if is_rgb else img)[1]
+    unfinished = f"{img_path}.{os.getpid()}.part"
+    try:
+        try:
+            encoded.tofile(unfinished)
+            os.replace(unfinished, img_path)
+        finally:
+            if os.path.exists(unfinished):
+                os.remove(unfinished)
+    except OSError as error:
+        raise UserError(f"{img_path} cannot be written: {error.strerror or error}") from error
+
+
+def read_mask(path: str) -> NDArray[np.float32]:
+    """Read an edge mask ``(H, W)`` of {0, 1}: variable "mat" of a ``.mat`` file, or an image of 0/1 or 0/255.
+
+    Raises UserError for a file that is unreadable or holds other values.
+    """
+    if path.lower().endswith(".mat"):
+        try:
+            mask = loadmat(path, variable_names=["mat"])["mat"]
+        except KeyError as error:
+            raise UserError(f'{path} has no variable "mat": write the edge mask under that name') from error
+        # scipy meets a damaged file with whatever its parser stumbled over
+        except (OSError, ValueError, TypeError, NotImplementedError, EOFError, MatReadError) as error:
+            raise UserError(f"{path} cannot be read as a MATLAB file: make the edge mask again") from error
+    else:
+        mask = imread_uint(path, n_channels=1)[..., 0]
+    on = mask == (255 if mask.size and mask.max() > 1 else 1)
+    if mask.ndim != 2 or not np.all(on | (mask == 0)):
+        raise UserError(f"{path} is not an edge mask: it must be one plane of 0 and 1, or 0 and 255")
+    return on.astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------- numbers, arrays, tensors
+
+
+def _peak(img: Array) -> float:
+    """The value that stands for white: the dtype's maximum, 1 for floats."""
+    return float(np.iinfo(img.dtype).max) if np.issubdtype(img.dtype, np.integer) else 1.0
+
+
+def uint2single(img: Array) -> NDArray[np.float32]:
+    """uint8 or uint16 to float32 in [0, 1], same shape."""
+    return img.astype(np.float32) / np.float32(_peak(img))
+
+
+def single2uint(img: Array, bits: int = 8) -> Array:
+    """Float in [0, 1] (clipped) to uint8, or uint16 with ``bits=16``, rounded, same shape."""
+    return (img.clip(0, 1) * _PEAK_OF_BITS[bits]).round().astype(f"uint{bits}")
+
+
+_PEAK_OF_BITS = {8: 255.0, 16: 65535.0}
+
+
+def single2tensor3(img: Array) -> torch.Tensor:
+    """``(H, W, C)`` array to float32 tensor ``(C, H, W)``, values unchanged."""
+    return torch.from_numpy(np.ascontiguousarray(img.transpose(2, 0, 1))).float()
+
+
+def uint2tensor3(img: Array) -> torch.Tensor:
+    """uint8 or uint16 ``(H, W)`` or ``(H, W, C)`` to float32 tensor ``(C, H, W)`` in [0, 1]."""
+    return single2tensor3(uint2single(img if img.ndim == 3 else img[..., None]))
+
+
+def uint2tensor4(img: Array) -> torch.Tensor:
+    """uint8 or uint16 ``(H, W)`` or ``(H, W, C)`` to float32 tensor ``(1, C, H, W)`` in [0, 1]."""
+    return uint2tensor3(img)[None]
+
+
+def tensor2uint(img: torch.Tensor, bits: int = 8) -> Array:
+    """``(1, C, H, W)``, ``(C, H, W)`` or ``(H, W)`` in [0, 1] (clipped) to uint8, or uint16 with ``bits=16``.
+
+    Gives ``(H, W, C)``, or ``(H, W)`` for one channel; the tensor is left as it is.
+    """
+    array = img.detach().float().cpu().numpy()
+    if array.ndim == 4:
+        if len(array) != 1:
+            raise ValueError(f"tensor2uint takes one image, not a batch of shape {tuple(array.shape)}")
+        array = array[0]
+    if array.ndim == 3:
+        array = array[0] if len(array) == 1 else array.transpose(1, 2, 0)
+    return single2uint(array, bits)
+
+
+def modcrop(img: Array, scale: int) -> Array:
+    """Cut ``(H, W[, C])`` at the bottom and right to a multiple of ``scale``."""
+    height, width = img.shape[:2]
+    return img[: height - height % scale, : width - width % scale]
+
+
+_AUGMENTATIONS: tuple[Callable[[Array], Array], ...] = (
+    lambda img: img,
+    lambda img: np.flipud(np.rot90(img)),
+    np.flipud,
+    lambda img: np.rot90(img, k=3),
+    lambda img: np.flipud(np.rot90(img, k=2)),
+    np.rot90,
+    lambda img: np.rot90(img, k=2),
+    lambda img: np.flipud(np.rot90(img, k=3)),
+)
+
+
+def augment_img(img: Array, mode: int = 0) -> Array:
+    """One of the eight flips and rotations of ``(H, W)`` or ``(H, W, C)``, a view; 0 is none, 4 mirrors left-right."""
+    return _AUGMENTATIONS[mode](img)
+
+
+# ------------------------------------------------------------------------------------------------------------ colour
+
+# ITU-R BT.601 as in MATLAB's rgb2ycbcr: columns Y, Cb, Cr for RGB in [0, 1], result in [16, 235] and [16, 240]
+_RGB_TO_YCBCR = np.array([[65.481, -37.797, 112.0], [128.553, -74.203, -93.786], [24.966, 112.0, -18.214]])
+_YCBCR_OFFSET = np.array([16.0, 128.0, 128.0])
+
+
+def rgb2ycbcr(img: Array, only_y: bool = True) -> Array:
+    """RGB ``(H, W, 3)`` to Y ``(H, W)`` or YCbCr ``(H, W, 3)``, MATLAB's definition, in the dtype and range given.
+
+    Integers are rounded, as KAIR and MATLAB do; floats in [0, 1] are not.
+    """
+    peak = _peak(img)
+    columns = slice(0, 1) if only_y else slice(None)
+    ycbcr = (img / peak) @ _RGB_TO_YCBCR[:, columns] + _YCBCR_OFFSET[columns]
+    ycbcr *= peak / 255
+    if peak > 1:
+        ycbcr = ycbcr.round()
+    return (ycbcr[..., 0] if only_y else ycbcr).astype(img.dtype)
+
+
+def unrounded_y(img: Array) -> NDArray[np.float64]:
+    """Y ``(H, W)`` of a uint8 or uint16 image in the image's range, not rounded: BasicSR's and the SSL paper's Y.
+
+    A gray image is its own Y. For KAIR's Y, which is rounded, use :func:`rgb2ycbcr`.
+    """
+    if img.ndim == 2 or img.shape[2] == 1:
+        return img.reshape(img.shape[:2]).astype(np.float64)
+    return rgb2ycbcr(img / _peak(img)) * _peak(img)
+
+
+# ---------------------------------------------------------------------------------------------------- MATLAB bicubic
+
+
+def _cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Keys' cubic with a = -1/2 (IEEE TASSP 29(6), 1981, Eq. 15)."""
+    x = np.abs(x)
+    inner = 1.5 * x**3 - 2.5 * x**2 + 1
+    outer = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    return np.where(x <= 1, inner, np.where(x <= 2, outer, 0.0))
+
+
+@lru_cache(maxsize=256)
+def _bicubic_matrix(n_in: int, scale: float, antialiasing: bool, dtype: DTypeLike) -> csr_array:
+    """The ``(ceil(n_in * scale), n_in)`` matrix that resizes one axis as MATLAB's imresize does."""
+    n_out = ceil(n_in * scale)
+    stretch = min(scale, 1.0) if antialiasing else 1.0  # the kernel grows when the image shrinks
+    width = 4 / stretch
+    centre = (np.arange(n_out) + 0.5) / scale - 0.5
+    taps = np.floor(centre - width / 2)[:, None] + np.arange(ceil(width) + 2)
+    weights = _cubic(stretch * (centre[:, None] - taps))
+    weights /= weights.sum(axis=1, keepdims=True)
+    # beyond the border the image is mirrored with the edge pixel repeated, as often as it takes
+    taps = taps.astype(np.int64) % (2 * n_in)
+    taps = np.where(taps < n_in, taps, 2 * n_in - 1 - taps)
+    starts = np.arange(n_out + 1) * taps.shape[1]
+    return csr_array((weights.astype(dtype).ravel(), taps.ravel(), starts), shape=(n_out, n_in))
+
+
+def imresize_np(
+    img: Array, scale: float, antialiasing: bool = True, window: tuple[int, int, int, int] | None = None
+) -> Array:
+    """Resize ``(H, W)`` or ``(H, W, C)`` as MATLAB's ``imresize(img, scale, 'bicubic')``, without clipping or rounding.
+
+    The result is ``ceil(size * scale)`` large, float64 for float64, else float32. ``window`` = (top, left, height,
+    width) of the result computes only that part, bit for bit the same.
+    """
+    dtype = np.float64 if img.dtype == np.float64 else np.float32
+    height, width = img.shape[:2]
+    rows = _bicubic_matrix(height, scale, antialiasing, dtype)
+    columns = _bicubic_matrix(width, scale, antialiasing, dtype)
+    if window is not None:
+        top, left, n_rows, n_columns = window
+        rows, columns = rows[top : top + n_rows], columns[left : left + n_columns]
+    resized = rows @ img.reshape(height, -1).astype(dtype, copy=False)
+    resized = resized.reshape(len(resized), width, -1).swapaxes(0, 1)  # (W, h, C): the other axis comes first
+    resized = columns @ resized.reshape(width, -1)
+    resized = resized.reshape(columns.shape[0], rows.shape[0], -1).swapaxes(0, 1)
+    return np.ascontiguousarray(resized).reshape(*resized.shape[:2], *img.shape[2:])
+
+
+def imresize(img: torch.Tensor, scale: float, antialiasing: bool = True) -> torch.Tensor:
+    """:func:`imresize_np` for a tensor ``(..., H, W)``, on its device and differentiable."""
+
+    def matrix(n_in: int) -> torch.Tensor:
+        return torch.from_numpy(_bicubic_matrix(n_in, scale, antialiasing, np.float64).toarray()).to(img)
+
+    return matrix(img.shape[-2]) @ img @ matrix(img.shape[-1]).T
+
+
+# ----------------------------------------------------------------------------------------------------------- metrics
+
+
+def _comparable(img1: Array, img2: Array, border: int) -> tuple[Array, Array]:
+    if img1.shape != img2.shape:
+        raise ValueError(f"images of different shapes cannot be compared: {img1.shape} and {img2.shape}")
+    height, width = img1.shape[:2]
+    inside = slice(border, height - border), slice(border, width - border)
+    return img1[inside].astype(np.float64), img2[inside].astype(np.float64)
+
+
+def _data_range(img: Array, data_range: float | None) -> float:
+    if data_range is not None:
+        return data_range
+    return 65535.0 if img.dtype == np.uint16 else 255.0
+
+
+def calculate_psnr(img1: Array, img2: Array, border: int = 0, data_range: float | None = None) -> float:
+    """PSNR in dB of two images ``(H, W[, C])`` without ``border`` pixels at each side; inf where they are equal.
+
+    ``data_range`` None: 65535 for uint16, else 255 (also for floats, as in KAIR). Raises ValueError when shapes differ.
+    """
+    a, b = _comparable(img1, img2, border)
+    mse = float(np.mean((a - b) ** 2))
+    return inf if mse == 0 else 20 * log10(_data_range(img1, data_range) / mse**0.5)
+
+
+def calculate_ssim(img1: Array, img2: Array, border: int = 0, data_range: float | None = None) -> float:
+    """SSIM of two images ``(H, W[, C])`` without ``border`` pixels at each side: the mean over the channels.
+
+    Wang et al. 2004: 11 x 11 Gaussian of sigma 1.5, valid positions only. ``data_range`` as in :func:`calculate_psnr`.
+    Raises ValueError when shapes differ or fewer than 11 pixels are left.
+    """
+    a, b = _comparable(img1, img2, border)
+    if min(a.shape[:2]) < 11:
+        raise ValueError(f"SSIM needs 11 x 11 pixels inside the border of {border}: got shape {img1.shape}")
+    peak = _data_range(img1, data_range)
+    c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
+    window = cv2.getGaussianKernel(11, 1.5)
+
+    def mean(x: Array) -> Array:
+        return cv2.sepFilter2D(x, -1, window, window)[5:-5, 5:-5]
+
+    mu1, mu2 = mean(a), mean(b)
+    var1, var2, covariance = mean(a * a) - mu1**2, mean(b * b) - mu2**2, mean(a * b) - mu1 * mu2
+    ssim = ((2 * mu1 * mu2 + c1) * (2 * covariance + c2)) / ((mu1**2 + mu2**2 + c1) * (var1 + var2 + c2))
+    return float(ssim.mean())

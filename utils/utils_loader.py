@@ -1,0 +1,78 @@
+"""Training batches in an order that depends on the seed and the step only: not on workers, processes or restarts."""
+
+from collections.abc import Iterator, Sized
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+SampleKey = tuple[int, tuple[int, int]]  # which image, and the seed of this sample's random draws
+
+
+class EndlessBatchSampler(Sampler[list[SampleKey]]):
+    """Batches from ``start_step`` on, without end; each epoch is a permutation of its own.
+
+    Sample number n of the run (n = step * batch_size + place) is image ``order[n % size]`` of epoch ``n // size``, and
+    draws its crop, flip and degradation from the seed ``(seed, n)``. So a resumed run sees what the uninterrupted one
+    would have seen, and the order is the same for any number of workers.
+
+    Args:
+        size: images in the set.
+        batch_size: samples of one step over all processes, a multiple of ``world_size``.
+        seed: of the run.
+        shuffle: False = in the set's own order.
+        start_step: steps already done.
+        rank, world_size: this process takes its contiguous share of each batch.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.size, self.batch_size, self.seed, self.shuffle = size, batch_size, seed, shuffle
+        self.start_step, self.rank, self.world_size = start_step, rank, world_size
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        share = self.batch_size // self.world_size
+        first = self.start_step * self.batch_size + self.rank * share
+        epoch, order = -1, np.arange(self.size)
+        while True:
+            batch = []
+            for n in range(first, first + share):
+                if n // self.size != epoch and self.shuffle:
+                    epoch = n // self.size
+                    order = np.random.default_rng((self.seed, epoch)).permutation(self.size)
+                batch.append((int(order[n % self.size]), (self.seed, n)))
+            yield batch
+            first += self.batch_size
+
+
+def _one_thread(_: int) -> None:
+    """The workers are the parallelism; OpenCV's and PyTorch's own threads would only fight over the cores."""
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+
+
+def training_loader(dataset: Dataset, sampler: EndlessBatchSampler, num_workers: int, pin_memory: bool) -> DataLoader:
+    """A loader over the sampler's batches that keeps its workers."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_one_thread,
+        persistent_workers=num_workers > 0,
+    )
+
+
+def one_by_one(dataset: Dataset, rank: int, world_size: int) -> DataLoader:
+    """One image at a time, read by this process; several processes share the images."""
+    assert isinstance(dataset, Sized)
+    return DataLoader(dataset, batch_size=1, sampler=range(rank, len(dataset), world_size))

@@ -1,0 +1,84 @@
+"""A run's checkpoints: finding the newest complete one, going on from it, writing and dropping them."""
+
+import json
+import logging
+import math
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from utils.utils_run import save_json
+
+logger = logging.getLogger(__name__)
+
+
+class Saved(Protocol):
+    """What a model offers to be saved: ``models.model_base.ModelBase``."""
+
+    def files(self, folder: Path, step: int) -> dict[str, Path]: ...
+    def save(self, folder: Path, step: int) -> None: ...
+    def load(self, folder: Path, step: int) -> None: ...
+
+
+def saved_steps(folder: Path, network: str = "G") -> list[int]:
+    """Steps with a file ``{step}_{network}.pth`` in the folder, the newest first."""
+    found = (re.fullmatch(rf"(\d+)_{network}\.pth", path.name) for path in folder.glob(f"*_{network}.pth"))
+    return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+class Checkpoints:
+    """The folder ``models`` of a run: ``{step}_{G,E,D,optimizerG,optimizerD}.pth`` and ``{step}_state.json``.
+
+    The state holds the seed and the best score; with the step and the seed, everything random in a run is known.
+
+    Args:
+        folder: where they are.
+        keep: how many to keep besides the best one; None = all.
+    """
+
+    def __init__(self, folder: Path, keep: int | None) -> None:
+        self.folder, self.keep = folder, keep
+        self.state: dict[str, Any] = {}
+
+    def _state(self, step: int) -> dict[str, Any]:
+        """{} where it is missing, as beside KAIR's own checkpoints."""
+        with suppress(OSError, ValueError):
+            state = json.loads((self.folder / f"{step}_state.json").read_text(encoding="utf-8"))
+            if isinstance(state, dict):
+                return state
+        return {}
+
+    def seed(self) -> int | None:
+        """The seed of the run so far."""
+        return next(
+            (state["seed"] for step in saved_steps(self.folder) if "seed" in (state := self._state(step))), None
+        )
+
+    def resume(self, model: Saved) -> int:
+        """Load the newest checkpoint of which every file is there; -> its step, 0 where there is none."""
+        for step in saved_steps(self.folder):
+            missing = [path.name for path in model.files(self.folder, step).values() if not path.is_file()]
+            if not missing:
+                model.load(self.folder, step)
+                self.state = self._state(step)
+                return step
+            logger.info("checkpoint %d is incomplete (no %s): looking for an older one", step, ", ".join(missing))
+        return 0
+
+    def save(self, model: Saved, step: int, seed: int, psnr: float | None) -> None:
+        """Write a checkpoint, the state last; then drop old ones if asked to, never the best.
+
+        Args:
+            psnr: the score of this step in dB, if it was validated.
+        """
+        model.save(self.folder, step)
+        if psnr is not None and psnr >= self.state.get("best_psnr", -math.inf):
+            self.state.update(best_psnr=psnr, best_step=step)
+        self.state.update(step=step, seed=seed)
+        save_json(self.state, self.folder / f"{step}_state.json")
+        logger.info("saved step %d in %s", step, self.folder)
+        for old in saved_steps(self.folder)[self.keep :] if self.keep else []:
+            if old != self.state.get("best_step"):
+                for path in [*model.files(self.folder, old).values(), self.folder / f"{old}_state.json"]:
+                    path.unlink(missing_ok=True)

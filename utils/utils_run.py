@@ -1,0 +1,129 @@
+"""A run's folder ``root/task``: the facts that make it repeatable, its newest generator, its saved options."""
+
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import torchvision
+
+from utils.utils_error import UserError
+from utils.utils_option import strip_comments
+
+# ------------------------------------------------------------------------------------------------------------- facts
+
+
+def run_facts(device: torch.device | None = None) -> dict[str, str]:
+    """What a result depends on besides options and data: code, libraries, hardware, command, date.
+
+    Args:
+        device: where it ran; None = the first GPU, or the CPU where there is none.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    is_cuda = device.type == "cuda"
+    return {
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "opencv": cv2.__version__,
+        "numpy": np.__version__,
+        "device": torch.cuda.get_device_name(device) if is_cuda else f"{platform.machine()} CPU",
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _git_commit() -> str:
+    """The commit of this project, with ``-dirty`` where files differ from it; "unknown" outside a git checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():  # else git would name the commit of a repository around this folder
+        return "unknown"
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+# ----------------------------------------------------------------------------------------------------------- writing
+
+
+def write_atomically(text: str, path: Path) -> None:
+    """Write a UTF-8 text file; at every moment the old file or the new one is there, whole.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        try:
+            part.write_text(text, encoding="utf-8", newline="")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def save_json(content: Any, path: Path) -> None:
+    """Write ``content`` as JSON by :func:`write_atomically`; numbers that JSON lacks (NaN, infinity) become null."""
+    write_atomically(json.dumps(_finite(content), indent=2, allow_nan=False, default=str) + "\n", path)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+# ------------------------------------------------------------------------------------------------- finding a generator
+
+
+def newest_generator(folder: Path) -> Path:
+    """The newest ``{iter}_E.pth`` of a run (``root/task`` or its ``models``), or ``{iter}_G.pth`` where there is no E.
+
+    Raises:
+        UserError: the folder holds neither.
+    """
+    models = folder / "models" if (folder / "models").is_dir() else folder
+    for side in "EG":
+        found = [(int(m[1]), p) for p in models.glob("*.pth") if (m := re.fullmatch(rf"(\d+)_{side}\.pth", p.name))]
+        if found:
+            return max(found)[1]
+    raise UserError(
+        f"{folder}: holds no generator: expected {models / '{iter}_E.pth'} or _G.pth; name a checkpoint file"
+    )
+
+
+def saved_options(checkpoint: Path) -> dict[str, Any] | None:
+    """The newest options that the run of a checkpoint saved, ``root/task/options/*.json``; None outside a run's folder.
+
+    Raises:
+        UserError: the file is no options file.
+    """
+    if checkpoint.resolve().parent.name != "models":
+        return None
+    files = sorted((checkpoint.resolve().parent.parent / "options").glob("*.json"))
+    if not files:
+        return None
+    try:
+        options = json.loads(strip_comments(files[-1].read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{files[-1]}: the run's saved options cannot be read ({error}); use --opt") from error
+    if not isinstance(options, dict) or not isinstance(options.get("netG"), dict):
+        raise UserError(f"{files[-1]}: the run's saved options have no netG; use --opt")
+    return options

@@ -1,0 +1,106 @@
+"""Run a generator over an image of any size, whole or in overlapping tiles."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils.utils_error import UserError
+
+
+class _Span(NamedTuple):
+    """One tile along one axis, in pixels of L: it reads [start, stop) and fills [first, last) of the result."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
+def check_tile(tile: int, tile_overlap: int, size_multiple: int = 1) -> None:
+    """Refuse tiles that would never get to the end of an image.
+
+    Raises:
+        UserError: a negative number, or ``tile`` (unless 0) exceeds ``tile_overlap`` by less than ``size_multiple``.
+    """
+    if tile < 0 or tile_overlap < 0:
+        raise UserError(f"tile {tile} and tile_overlap {tile_overlap}: must be 0 or more")
+    if tile and tile < tile_overlap + size_multiple:
+        raise UserError(
+            f"tile {tile} is too small for tile_overlap {tile_overlap}: give a tile of at least "
+            f"{tile_overlap + size_multiple}, or a smaller overlap"
+        )
+
+
+def _spans(size: int, tile: int, overlap: int, multiple: int) -> list[_Span]:
+    """Cover [0, size) by tiles that start at multiples of ``multiple``; seams lie in the middle of the overlaps.
+
+    The last tile is shifted back so that it is a full one too (up to ``multiple - 1`` pixels that its start rounds).
+    """
+    if not tile or size <= tile:
+        return [_Span(0, size, 0, size)]
+    step = (tile - overlap) // multiple * multiple
+    last_start = -(-(size - tile) // multiple) * multiple
+    starts = [*range(0, last_start, step), last_start]
+    stops = [min(start + tile, size) for start in starts]
+    seams = [(start + stop) // 2 for start, stop in zip(starts[1:], stops, strict=False)]
+    return [_Span(*span) for span in zip(starts, stops, [0, *seams], [*seams, size], strict=True)]
+
+
+def _enlarge(netG: nn.Module, L: Tensor, scale: int, multiple: int) -> Tensor:
+    """One call of the network on sizes that it takes: extended at the bottom and right, the result cropped."""
+    h, w = L.shape[-2:]
+    bottom, right = -h % multiple, -w % multiple
+    if bottom or right:
+        # Reflection needs more pixels than it adds.
+        L = F.pad(L, (0, right, 0, bottom), mode="reflect" if bottom < h and right < w else "replicate")
+    E = netG(L)
+    if E.shape[-2:] != (L.shape[-2] * scale, L.shape[-1] * scale):
+        found, given = " x ".join(map(str, E.shape[-2:])), " x ".join(map(str, L.shape[-2:]))
+        raise ValueError(f"the network made {found} pixels of {given}: this is not scale {scale}")
+    return E[..., : h * scale, : w * scale]
+
+
+@torch.inference_mode()
+def restore(netG: nn.Module, L: Tensor, scale: int, tile: int = 0, tile_overlap: int = 32) -> Tensor:
+    """The estimate E of a low-quality image, tile by tile where the image is larger than a tile.
+
+    Each pixel of E comes from the tile in which it lies farthest from the tile's border, so that tiles give exactly
+    what the whole image gives where half the overlap covers the network's receptive field. A network whose input must
+    divide by some number, or whose response repeats with it (windows, pixel-unshuffle), says so in an attribute
+    ``size_multiple``: sizes are extended to it by reflection and tiles start at multiples of it.
+
+    Args:
+        netG: the generator, in the mode (``eval``) and on the device that the caller wants.
+        L: (N, C, h, w) in [0, 1], of any size from 1 x 1.
+        scale: factor from L to E.
+        tile: largest side of what goes through the network at once, in pixels of L; 0 = the whole image.
+        tile_overlap: overlap of neighbouring tiles in pixels of L, less than ``tile``.
+
+    Returns:
+        (N, C, h * scale, w * scale), not clamped, without a gradient.
+
+    Raises:
+        UserError: ``tile`` is too small for ``tile_overlap``.
+        ValueError: the network does not enlarge by ``scale``.
+    """
+    multiple = int(getattr(netG, "size_multiple", 1))
+    check_tile(tile, tile_overlap, multiple)
+    h, w = L.shape[-2:]
+    rows, columns = (_spans(size, tile, tile_overlap, multiple) for size in (h, w))
+    if len(rows) == len(columns) == 1:
+        return _enlarge(netG, L, scale, multiple)
+    E: Tensor | None = None
+    for y in rows:
+        for x in columns:
+            piece = _enlarge(netG, L[..., y.start : y.stop, x.start : x.stop], scale, multiple)
+            if E is None:
+                E = piece.new_empty(*piece.shape[:-2], h * scale, w * scale)
+            E[..., y.first * scale : y.last * scale, x.first * scale : x.last * scale] = piece[
+                ...,
+                (y.first - y.start) * scale : (y.last - y.start) * scale,
+                (x.first - x.start) * scale : (x.last - x.start) * scale,
+            ]
+    assert E is not None
+    return E

@@ -1,0 +1,246 @@
+"""The training loop, one for all scripts: it is handed the functions that build the model and the data sets."""
+
+import argparse
+import logging
+import random
+import signal
+import sys
+from collections.abc import Callable, Sequence, Sized
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from utils import utils_dist
+from utils.utils_error import UserError
+from utils.utils_loader import EndlessBatchSampler, training_loader
+from utils.utils_logger import Progress, setup
+from utils.utils_option import DatasetOptions, Options, parse
+from utils.utils_resume import Checkpoints
+from utils.utils_run import run_facts, save_json
+from utils.utils_validate import validate
+
+logger = logging.getLogger(__name__)
+
+# What the loop needs of a model is models.model_base.ModelBase; utils know no models, so it is not named here.
+Model = Any
+
+
+def training_options(description: str | None, models: Sequence[str], argv: Sequence[str] | None = None) -> Options:
+    """Options from the command line, ``--opt FILE [key.path=value ...]``, for a script that trains ``models``.
+
+    Raises:
+        UserError: the options are wrong, or they are for another script.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--opt", required=True, metavar="FILE", help="option file, JSON with // comments")
+    parser.add_argument("override", nargs="*", metavar="key.path=value", help="e.g. train.iterations=1000")
+    for kair in ("--launcher", "--local_rank", "--local-rank", "--dist"):
+        parser.add_argument(kair, help=argparse.SUPPRESS)  # torchrun's variables tell all of it
+    arguments = parser.parse_args(argv)
+    opt = parse(arguments.opt, is_train=True, overrides=arguments.override)
+    if opt.model not in models:
+        script = {"plain": "main_train_psnr.py", "gan": "main_train_gan.py"}[opt.model]
+        raise UserError(f"{arguments.opt}: model is {opt.model!r}: train it with {script}")
+    return opt
+
+
+def train(
+    opt: Options,
+    define_Model: Callable[[Options, torch.device], Model],
+    define_Dataset: Callable[[DatasetOptions], Dataset],
+    check_dataset: Callable[[DatasetOptions], None],
+) -> None:
+    """Train to ``train.iterations``, going on from the newest complete checkpoint of the run if there is one.
+
+    Nothing is written before the options, the paths, the networks and the images have been checked. Ctrl-C or SIGTERM
+    ends the run after the step at hand, with a checkpoint.
+
+    Raises:
+        UserError: data or checkpoints are missing or unusable, or a loss is not finite.
+    """
+    device = utils_dist.init(opt.gpu_ids)
+    setup(quiet=utils_dist.rank() > 0)
+    try:
+        with _StopSignals() as stop:
+            run = _prepare(opt, define_Model, define_Dataset, check_dataset, device)
+            if run is not None:
+                _loop(run, stop)
+    finally:
+        utils_dist.close()
+    if stop.received:
+        sys.exit(128 + stop.received)
+
+
+@dataclass
+class _Run:
+    """What the loop works with."""
+
+    opt: Options
+    device: torch.device
+    seed: int
+    step: int  # done already
+    model: Model
+    loader: DataLoader
+    test_sets: dict[str, Dataset]
+    checkpoints: Checkpoints
+
+
+def _prepare(opt: Options, define_Model, define_Dataset, check_dataset, device: torch.device) -> _Run | None:
+    """Check and build everything, then make the run's folder; None where the run is at its end already."""
+    data, rank, world_size = opt.train_set, utils_dist.rank(), utils_dist.world_size()
+    assert data is not None
+    if data.dataloader_batch_size % world_size:
+        raise UserError(
+            f"datasets.train.dataloader_batch_size: {data.dataloader_batch_size} cannot be shared by {world_size} "
+            f"processes; it counts the patches of all of them together"
+        )
+    if opt.unused:
+        logger.info("accepted, but without meaning here: %s", ", ".join(opt.unused))
+    _check_paths(opt)
+
+    checkpoints = Checkpoints(opt.task_dir / "models", opt.train.checkpoint_keep)
+    seed = opt.train.manual_seed
+    if seed is None:
+        before = checkpoints.seed()
+        seed = utils_dist.from_main(random.randrange(10000) if before is None else before, device)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    train_set = define_Dataset(data)
+    test_sets = {name: define_Dataset(d) for name, d in opt.test_sets.items()}
+    model = define_Model(opt, device)
+    step = checkpoints.resume(model)
+    if opt.train.iterations is not None and step >= opt.train.iterations:
+        logger.info("%s has reached step %d already; to go on raise train.iterations, or change task", opt.task, step)
+        return None
+    if rank == 0:
+        for d in opt.datasets.values():
+            check_dataset(d)
+        _make_run_folder(opt, seed)
+
+    assert isinstance(train_set, Sized)
+    images, batch = len(train_set), data.dataloader_batch_size
+    logger.info("%s on %s: %s", opt.task, device, model.describe())
+    logger.info(
+        f"{images} images, batch {batch} = {world_size} x {batch // world_size} patches of {data.H_size} px, "
+        f"seed {seed}, {f'resumed at step {step}' if step else 'from the start'}"
+    )
+    sampler = EndlessBatchSampler(images, batch, seed, data.dataloader_shuffle, step, rank, world_size)
+    loader = training_loader(train_set, sampler, data.dataloader_num_workers, pin_memory=device.type == "cuda")
+    return _Run(opt, device, seed, step, model, loader, test_sets, checkpoints)
+
+
+def _loop(run: _Run, stop: "_StopSignals") -> None:
+    """The steps, with logs, validation and checkpoints at their times."""
+    opt, model, device, step, train = run.opt, run.model, run.device, run.step, run.opt.train
+    is_main = utils_dist.rank() == 0
+    progress = Progress(step, train.iterations, opt.task_dir / "tensorboard" if is_main else None, is_main)
+    for batch in run.loader:
+        step += 1
+        progress.data_arrived()
+        # Reseeded for each step: so a resumed run needs no saved generator states to equal the uninterrupted one.
+        torch.manual_seed(hash((run.seed, step, utils_dist.rank())) % 2**63)
+        model.update_learning_rate(step)
+        model.feed_data(batch)
+        model.optimize_parameters(step)
+        progress.step_done(model.current_log())
+
+        stopping = utils_dist.any_of(bool(stop.received), device)
+        finished = step == train.iterations
+        if finished or step % train.checkpoint_print == 0 or step == run.step + 1:
+            means = utils_dist.total(progress.means(), device)
+            means = {name: value / utils_dist.world_size() for name, value in means.items()}
+            progress.report(means, model.current_learning_rate(), device)
+        score = None
+        if run.test_sets and not stopping and (finished or step % train.checkpoint_test == 0):
+            score = _validate(run, step, progress)
+        if finished or stopping or step % train.checkpoint_save == 0:
+            if is_main:
+                run.checkpoints.save(model, step, run.seed, score)
+            progress.pause_over()
+        if finished or stopping:
+            break
+    progress.close()
+    if stop.received:
+        logger.info("stopped by a signal at step %d; the same command goes on from there", step)
+    else:
+        logger.info("done at step %d", step)
+
+
+def _validate(run: _Run, step: int, progress: Progress) -> float | None:
+    """Validate on every set; -> the PSNR of the first, by which the best checkpoint is kept."""
+    scores = []
+    for name, test_set in run.test_sets.items():
+        grid = run.opt.task_dir / "images" / f"{name}_{step:08d}.png"
+        result = validate(run.model, test_set, run.opt.scale, grid, run.opt.test.images, run.device)
+        progress.scalars(f"val/{name}", result)
+        if result:
+            logger.info("step %d %s: PSNR %.2f dB, SSIM %.4f", step, name, result["psnr"], result["ssim"])
+            scores.append(result["psnr"])
+    progress.pause_over()
+    return scores[0] if scores else None
+
+
+def _check_paths(opt: Options) -> None:
+    """Missing folders and files fail at once, before anything is built."""
+    images = "(png, jpg, bmp, tif or webp; subfolders are read)"
+    what = {
+        "dataroot_H": f"your ground-truth images {images}",
+        "dataroot_L": f"your low-quality images {images}",
+        "dataroot_H_mask": "your edge masks (.mat or .png)",
+    }
+    for name, data in opt.datasets.items():
+        for key, content in what.items():
+            roots = data[key] if isinstance(data[key], list) else [data[key]] if data[key] else []
+            for root in roots:
+                if not Path(root).exists():
+                    key_path = f"datasets.{name}.{key}"
+                    raise UserError(f"{key_path}: there is no {root}; put {content} there, or set {key_path}=FOLDER")
+    for key in ("pretrained_netG", "pretrained_netD", "pretrained_netE", "pretrained_netF"):
+        path = opt.path[key]
+        if path and not Path(path).is_file():
+            else_ = {"pretrained_netG": "random weights", "pretrained_netF": "torch's own cache"}.get(key, "without it")
+            raise UserError(f"path.{key}: there is no file {path}; put it there, or set path.{key}=null: {else_}")
+
+
+def _make_run_folder(opt: Options, seed: int) -> None:
+    """root/task/{models,images,options}, the resolved options and what they were run with."""
+    try:
+        for name in ("models", "images", "options"):
+            (opt.task_dir / name).mkdir(parents=True, exist_ok=True)
+        setup(opt.task_dir / "train.log")
+    except OSError as error:
+        raise UserError(
+            f"path.root: {opt.task_dir} cannot be written ({error.strerror}); set path.root=FOLDER"
+        ) from error
+    stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
+    save_json(opt.model_dump(exclude={"unused", "is_train"}), opt.task_dir / "options" / f"{stamp}.json")
+    save_json({**run_facts(), "seed": seed}, opt.task_dir / "options" / f"{stamp}_facts.txt")
+
+
+class _StopSignals:
+    """Ctrl-C and SIGTERM are remembered until the loop looks; a second one ends the run at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    def _handle(self, number: int, _frame: object) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def __enter__(self) -> "_StopSignals":
+        self._before: dict[int, Any] = {}
+        with suppress(ValueError):  # only the main thread may; elsewhere signals are somebody else's
+            self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
