@@ -8,7 +8,7 @@ import pytest
 from scipy import ndimage
 
 from utils import utils_blindsr as blindsr
-from utils.utils_image import uint2single
+from utils.utils_image import imresize_np, uint2single
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "image" / "kair_blindsr.npz"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_file(), reason="golden values of the reference code are not at hand")
@@ -17,9 +17,11 @@ STRENGTHS = [blindsr.KAIR, blindsr.SSL_FORK]
 ANISOTROPIC = [(15, 0.5, 6.0, 1.5), (21, 2.2, 3.0, 3.0), (7, 0.0, 0.8, 0.2), (12, 1.0, 4.0, 1.0)]
 
 
-def photo(height=64, width=80, channels=3):
-    noise = np.random.default_rng(0).random((height, width, channels), np.float32)
-    return ndimage.gaussian_filter(noise, (1.5, 1.5, 0)).clip(0, 1)
+def photo(height=64, width=80, channels=3, blur=1.5):
+    """A made image: blurred noise in shades of one colour, for JPEG halves the resolution of colours at random."""
+    noise = ndimage.gaussian_filter(np.random.default_rng(0).random((height, width)), blur)
+    shades = 0.2 + 0.6 * (noise - noise.min()) / np.ptp(noise)
+    return (shades[..., None] * np.linspace(1, 0.7, channels)).astype(np.float32)
 
 
 # ------------------------------------------------------------------------------------------------------------ golden
@@ -131,14 +133,27 @@ def test_the_generator_decides_everything_and_the_input_is_left_alone():
 
 
 def test_the_published_ssl_degradation_is_milder_than_kairs():
-    img = photo(128, 128)
+    img = photo(128, 128, blur=3)
+    reference = imresize_np(img, 1 / 4)
 
     def mean_error(strength):
-        reference = blindsr.imresize_np(img, 1 / 4)
         Ls = (blindsr.degrade_bsrgan(img, 4, np.random.default_rng(seed), strength)[0] for seed in range(40))
         return np.mean([np.abs(L - reference).mean() for L in Ls])
 
     assert mean_error(blindsr.SSL_FORK) < 0.75 * mean_error(blindsr.KAIR)
+
+
+def test_degrading_does_not_shift_the_image():
+    img = photo(128, 128, blur=4)
+    Ls = [blindsr.degrade_bsrgan(img, 4, np.random.default_rng(seed), blindsr.SSL_FORK)[0] for seed in range(60)]
+    L = np.mean(Ls, axis=0)[4:-4, 4:-4]
+    reference = imresize_np(img, 1 / 4)
+
+    def error(shift):
+        return np.abs(L - ndimage.shift(reference, (*shift, 0))[4:-4, 4:-4]).mean()
+
+    # a quarter pixel of L, one pixel of H, makes it worse in every direction: by a fifth, noise and blur being there
+    assert error((0, 0)) < 0.9 * min(error(shift) for shift in ((0.25, 0), (-0.25, 0), (0, 0.25), (0, -0.25)))
 
 
 def test_steps_come_in_every_order_that_keeps_resize_behind_shrink():

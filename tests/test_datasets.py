@@ -69,7 +69,7 @@ def folders(tmp_path):
 def photos(folder, count=3, height=64, width=72):
     folder.mkdir()
     for i in range(count):
-        noise = np.random.default_rng(i).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+        noise = np.random.default_rng(i).integers(0, 256, (height // 8, width // 8, 1), np.uint8).repeat(3, axis=2)
         imsave(np.kron(noise, np.ones((8, 8, 1), np.uint8)), str(folder / f"{i}.png"))
     return str(folder)
 
@@ -240,8 +240,8 @@ def test_blind_L_shows_what_H_shows(tmp_path):
     for seed in range(10):
         item = define_Dataset(opt)[0, seed]
         small = imresize_np(item["H"].permute(1, 2, 0).numpy(), 1 / SCALE)
-        # blocks of random colour: unrelated patches do not correlate at all
-        assert np.corrcoef(small.ravel(), item["L"].permute(1, 2, 0).numpy().ravel())[0, 1] > 0.8
+        # 4 x 4 blocks of random gray: those of unrelated patches correlate by 0 +- 0.15
+        assert np.corrcoef(small.ravel(), item["L"].permute(1, 2, 0).numpy().ravel())[0, 1] > 0.6
 
 
 def test_faces_stay_upright_in_blind_training(tmp_path):
@@ -271,12 +271,11 @@ def test_an_item_is_decided_by_its_seed_else_drawn_afresh(tmp_path, dataset_type
 
 
 def test_the_blind_test_phase_is_decided_by_seed_and_index(tmp_path):
-    opt = options(phase="test", dataset_type="blindsr", dataroot_H=photos(tmp_path / "H"))
-    first, again = define_Dataset(opt), define_Dataset(opt)
-    assert torch.equal(first[1]["L"], again[1]["L"])
-    opt.seed = 1
-    assert not torch.equal(first[1]["L"].clone(), define_Dataset(options(**{**vars(opt)}))[2]["L"])
-    assert first[0]["H"].shape == (3, 64, 72)
+    common = {"phase": "test", "dataset_type": "blindsr", "dataroot_H": photos(tmp_path / "H")}
+    first, again, other = (define_Dataset(options(**common, seed=seed))[1] for seed in (0, 0, 1))
+    assert first["H"].shape == (3, 64, 72)
+    assert torch.equal(first["L"], again["L"])
+    assert not torch.equal(first["L"], other["L"])
 
 
 def test_spawned_workers_give_what_the_main_process_gives(tmp_path):

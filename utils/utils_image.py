@@ -27,7 +27,7 @@ Array = NDArray[Any]
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 # A file that cannot be decoded becomes a UserError here; OpenCV's own lines on stderr would only stand in front of it.
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+(cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel)(0)  # OpenCV 4, 5
 
 # ------------------------------------------------------------------------------------------------- files and folders
 

@@ -1,0 +1,66 @@
+"""Prepare data sets.
+
+python main_prepare_data.py demo    # small train and test sets from the photographs that scikit-image brings
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from utils.utils_blindsr import SSL_FORK, degrade_bsrgan
+from utils.utils_error import UserError, run
+from utils.utils_image import imsave, modcrop, single2uint, uint2single
+
+# Public-domain photographs inside the scikit-image package; nothing is downloaded. Gray ones become RGB.
+DEMO_TRAIN = ("astronaut", "brick", "camera", "coins", "grass", "gravel", "hubble_deep_field", "motorcycle", "rocket")
+DEMO_TEST = ("chelsea", "coffee")
+
+
+def _photograph(name: str) -> np.ndarray:
+    """(H, W, 3) uint8."""
+    from skimage import data
+
+    image = data.stereo_motorcycle()[0] if name == "motorcycle" else getattr(data, name)()
+    return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
+
+
+def prepare_demo(trainsets: Path, testsets: Path, side: int = 192, scale: int = 4, seed: int = 0) -> None:
+    """Write ``trainsets/demo`` (pieces of ``side`` pixels) and ``testsets/demo/{H,L}``; L by the light BSRGAN degradation.
+
+    Files that are there already are replaced by the same content.
+    """
+    for folder in (trainsets / "demo", testsets / "demo" / "H", testsets / "demo" / "L"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{folder} cannot be made ({error.strerror}); give another --trainsets, --testsets"
+            ) from error
+    pieces = 0
+    for name in DEMO_TRAIN:
+        image = _photograph(name)
+        for y in range(0, image.shape[0] - side + 1, side):
+            for x in range(0, image.shape[1] - side + 1, side):
+                imsave(image[y : y + side, x : x + side], str(trainsets / "demo" / f"{name}_{y:04d}_{x:04d}.png"))
+                pieces += 1
+    for number, name in enumerate(DEMO_TEST):
+        H = modcrop(_photograph(name), scale)
+        L, _ = degrade_bsrgan(uint2single(H), scale, np.random.default_rng((seed, number)), SSL_FORK)
+        imsave(H, str(testsets / "demo" / "H" / f"{name}.png"))
+        imsave(single2uint(L), str(testsets / "demo" / "L" / f"{name}.png"))
+    print(f"{pieces} training pieces in {trainsets / 'demo'}, {len(DEMO_TEST)} test images in {testsets / 'demo'}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="small train and test sets from scikit-image's photographs")
+    demo.add_argument("--trainsets", type=Path, default=Path("trainsets"), help="folder for the training set")
+    demo.add_argument("--testsets", type=Path, default=Path("testsets"), help="folder for the test set")
+    args = parser.parse_args()
+    prepare_demo(args.trainsets, args.testsets)
+
+
+if __name__ == "__main__":
+    run(main)
