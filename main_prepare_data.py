@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.utils_blindsr import SSL_FORK, degrade_bsrgan
 from utils.utils_error import UserError, run
-from utils.utils_image import imsave, modcrop, single2uint, uint2single
+from utils.utils_image import imsave
 
 # Public-domain photographs inside the scikit-image package; nothing is downloaded. Gray ones become RGB.
 DEMO_TRAIN = ("astronaut", "brick", "camera", "coins", "grass", "gravel", "hubble_deep_field", "motorcycle", "rocket")
@@ -25,12 +24,12 @@ def _photograph(name: str) -> np.ndarray:
     return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
 
 
-def prepare_demo(trainsets: Path, testsets: Path, side: int = 192, scale: int = 4, seed: int = 0) -> None:
-    """Write ``trainsets/demo`` (pieces of ``side`` pixels) and ``testsets/demo/{H,L}``; L by the light BSRGAN degradation.
+def prepare_demo(trainsets: Path, testsets: Path, side: int = 192) -> None:
+    """Write ``trainsets/demo``, pieces of ``side`` pixels (fast to read), and ``testsets/demo``, whole photographs.
 
     Files that are there already are replaced by the same content.
     """
-    for folder in (trainsets / "demo", testsets / "demo" / "H", testsets / "demo" / "L"):
+    for folder in (trainsets / "demo", testsets / "demo"):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -44,11 +43,8 @@ def prepare_demo(trainsets: Path, testsets: Path, side: int = 192, scale: int = 
             for x in range(0, image.shape[1] - side + 1, side):
                 imsave(image[y : y + side, x : x + side], str(trainsets / "demo" / f"{name}_{y:04d}_{x:04d}.png"))
                 pieces += 1
-    for number, name in enumerate(DEMO_TEST):
-        H = modcrop(_photograph(name), scale)
-        L, _ = degrade_bsrgan(uint2single(H), scale, np.random.default_rng((seed, number)), SSL_FORK)
-        imsave(H, str(testsets / "demo" / "H" / f"{name}.png"))
-        imsave(single2uint(L), str(testsets / "demo" / "L" / f"{name}.png"))
+    for name in DEMO_TEST:
+        imsave(_photograph(name), str(testsets / "demo" / f"{name}.png"))
     print(f"{pieces} training pieces in {trainsets / 'demo'}, {len(DEMO_TEST)} test images in {testsets / 'demo'}")
 
 

@@ -166,7 +166,7 @@ class ModelBase:
         clip = self.opt.train[f"{name}_optimizer_clipgrad"] or math.inf
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
         # One host synchronisation a step buys that no broken update is ever applied, let alone saved.
-        named = {**terms, f"{name}_gradnorm": norm}
+        named = {**terms, f"{name}_grad": norm}
         values = torch.stack([v.detach().float() for v in named.values()]).tolist()
         self.log.update(zip(named, values, strict=True))
         for term, value in zip(named, values, strict=True):

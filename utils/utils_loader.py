@@ -1,11 +1,15 @@
 """Training batches in an order that depends on the seed and the step only: not on workers, processes or restarts."""
 
+import logging
+import os
 from collections.abc import Iterator, Sized
 
 import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+logger = logging.getLogger(__name__)
 
 SampleKey = tuple[int, tuple[int, int]]  # which image, and the seed of this sample's random draws
 
@@ -61,7 +65,11 @@ def _one_thread(_: int) -> None:
 
 
 def training_loader(dataset: Dataset, sampler: EndlessBatchSampler, num_workers: int, pin_memory: bool) -> DataLoader:
-    """A loader over the sampler's batches that keeps its workers."""
+    """A loader over the sampler's batches that keeps its workers, no more of them than there are cores."""
+    cores = os.cpu_count() or 1
+    if num_workers > cores:
+        logger.info("dataloader_num_workers: %d asked, %d started, one for each core", num_workers, cores)
+        num_workers = cores
     return DataLoader(
         dataset,
         batch_sampler=sampler,

@@ -106,7 +106,7 @@ class Progress:
             speed = (time.perf_counter() - self._begin) / (self.step - self.first)
             left = f"/{self.last} {100 * self.step / self.last:.0f}% eta {duration(speed * (self.last - self.step))}"
         memory = f" mem {torch.cuda.max_memory_allocated(device) / 2**30:.1f}G" if device.type == "cuda" else ""
-        losses = " ".join(f"{name} {value:.3e}" for name, value in means.items())
+        losses = " ".join(f"{name} {value:.3g}" for name, value in means.items())
         logger.info(
             f"step {self.step}{left} lr {lr:.2e} data {data_time:.3f}s step {step_time:.3f}s{memory} | {losses}"
         )

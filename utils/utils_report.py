@@ -12,10 +12,49 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from utils.utils_error import UserError
 from utils.utils_image import imsave
 from utils.utils_run import write_atomically
 
 Picture = NDArray[np.uint8]
+
+# ------------------------------------------------------------------------------------------------- where results go
+
+
+def output_names(paths: Sequence[str], roots: Sequence[str]) -> list[str]:
+    """For each image the name of its result, ``sub/folder/stem``: its path below the root that holds it.
+
+    Raises:
+        UserError: two images would have results of one name.
+    """
+    names: dict[str, str] = {}
+    for path in map(Path, paths):
+        root = next(Path(root) for root in roots if Path(root) in [path, *path.parents])
+        name = (path.relative_to(root) if path != root else Path(path.name)).with_suffix("").as_posix()
+        if name in names:
+            raise UserError(f"{path} and {names[name]}: both would be saved as {name}.png; rename one")
+        names[name] = str(path)
+    return list(names)
+
+
+def check_output(output: Path, inputs: Sequence[str], roots: Sequence[str]) -> None:
+    """Results must stay clear of the input images, now and when the same command runs again.
+
+    Raises:
+        UserError: ``output`` is no folder, holds one of the ``inputs`` or lies in one of the folders ``roots``.
+    """
+    remedy = "give another folder for the results"
+    folder = output.resolve()
+    for parent in [folder, *folder.parents]:
+        if parent.exists() and not parent.is_dir():
+            raise UserError(f"{output}: {parent} is a file; {remedy}")
+    for path in inputs:
+        if folder in Path(path).resolve().parents:
+            raise UserError(f"{output}: holds the input image {path}; {remedy}")
+    for root in roots:
+        if Path(root).resolve() in folder.parents:
+            raise UserError(f"{output}: lies among the input images in {root}; {remedy}")
+
 
 # ------------------------------------------------------------------------------------------------------------ tables
 

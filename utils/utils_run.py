@@ -1,10 +1,9 @@
-"""A run's folder ``root/task``: the facts that make it repeatable, its newest generator, its saved options."""
+"""What makes a run repeatable, and writing files that are never half written."""
 
 import json
 import math
 import os
 import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -19,7 +18,6 @@ import torch
 import torchvision
 
 from utils.utils_error import UserError
-from utils.utils_option import strip_comments
 
 # ------------------------------------------------------------------------------------------------------------- facts
 
@@ -88,42 +86,3 @@ def _finite(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [_finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
-# ------------------------------------------------------------------------------------------------- finding a generator
-
-
-def newest_generator(folder: Path) -> Path:
-    """The newest ``{iter}_E.pth`` of a run (``root/task`` or its ``models``), or ``{iter}_G.pth`` where there is no E.
-
-    Raises:
-        UserError: the folder holds neither.
-    """
-    models = folder / "models" if (folder / "models").is_dir() else folder
-    for side in "EG":
-        found = [(int(m[1]), p) for p in models.glob("*.pth") if (m := re.fullmatch(rf"(\d+)_{side}\.pth", p.name))]
-        if found:
-            return max(found)[1]
-    raise UserError(
-        f"{folder}: holds no generator: expected {models / '{iter}_E.pth'} or _G.pth; name a checkpoint file"
-    )
-
-
-def saved_options(checkpoint: Path) -> dict[str, Any] | None:
-    """The newest options that the run of a checkpoint saved, ``root/task/options/*.json``; None outside a run's folder.
-
-    Raises:
-        UserError: the file is no options file.
-    """
-    if checkpoint.resolve().parent.name != "models":
-        return None
-    files = sorted((checkpoint.resolve().parent.parent / "options").glob("*.json"))
-    if not files:
-        return None
-    try:
-        options = json.loads(strip_comments(files[-1].read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{files[-1]}: the run's saved options cannot be read ({error}); use --opt") from error
-    if not isinstance(options, dict) or not isinstance(options.get("netG"), dict):
-        raise UserError(f"{files[-1]}: the run's saved options have no netG; use --opt")
-    return options

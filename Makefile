@@ -1,0 +1,37 @@
+# make demo   install, prepare, train, test: a small system from nothing to a table
+# make test   install, run the tests
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: demo test check schema
+
+demo: $(VENV)/.installed
+	$(RUN) main_prepare_data.py demo
+	$(RUN) main_train_psnr.py --opt options/train_demo_psnr.json
+	$(RUN) main_train_gan.py --opt options/train_demo_gan_ssl.json
+	$(RUN) main_test.py --model_path psnr=experiments/demo_psnr gan_ssl=experiments/demo_gan_ssl --gt testsets/demo
+
+test: $(VENV)/.installed-dev
+	$(RUN) -m pytest
+
+# Style, types, and whether the generated schema is the one of the code.
+check: $(VENV)/.installed-dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy .
+
+# Editors complete option files from this; run it after changing utils/utils_option.py.
+schema: $(VENV)/.installed
+	$(RUN) -m utils.utils_option > options/schema.json
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: requirements.txt | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@

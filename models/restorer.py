@@ -1,0 +1,123 @@
+"""A trained generator, ready to restore: found in a run's folder or a file, built from its options or its weights."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.network_infer import infer_netG
+from models.select_network import define_G
+from utils.utils_checkpoint import load_network, load_state_dict
+from utils.utils_error import UserError
+from utils.utils_option import Options, strip_comments
+from utils.utils_resume import saved_steps
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Restorer:
+    """A generator in ``eval`` mode with what it takes to use it; ``label`` names it in tables and folders."""
+
+    label: str
+    checkpoint: Path
+    netG: nn.Module
+    scale: int
+    n_channels: int
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The file itself, or of a run's folder (``root/task`` or its ``models``) the newest ``{iter}_E.pth``, else ``_G``.
+
+    Raises:
+        UserError: there is no such file or folder, or the folder holds no generator.
+    """
+    if not path.is_dir():
+        if not path.exists():
+            raise UserError(f"{path}: there is no such checkpoint or run's folder")
+        return path
+    models = path / "models" if (path / "models").is_dir() else path
+    for network in "EG":
+        steps = saved_steps(models, network)
+        if steps:
+            checkpoint = models / f"{steps[0]}_{network}.pth"
+            averaged = " (the average E)" if network == "E" else " (no average E is there)"
+            logger.info("%s: the newest of %d is %s%s", path, len(steps), checkpoint.name, averaged)
+            return checkpoint
+    raise UserError(f"{path}: holds no generator {{iter}}_E.pth or {{iter}}_G.pth; name a run's folder or a checkpoint")
+
+
+def run_folder(checkpoint: Path) -> Path | None:
+    """The run ``root/task`` whose ``models`` a checkpoint lies in, beside ``options``; None for a file elsewhere."""
+    models = checkpoint.resolve().parent
+    return models.parent if models.name == "models" and (models.parent / "options").is_dir() else None
+
+
+def _saved_options(checkpoint: Path) -> dict[str, Any] | None:
+    """What ``define_G`` needs of the newest options that the checkpoint's run saved; None where it saved none."""
+    run = run_folder(checkpoint)
+    files = sorted((run / "options").glob("*.json")) if run else []
+    if not files:
+        return None
+    try:
+        saved = json.loads(strip_comments(files[-1].read_text(encoding="utf-8")))
+        picked = {name: saved[name] for name in ("scale", "n_channels", "netG")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{files[-1]}: these are not a run's options ({error!r}); give the network with --opt"
+        ) from error
+    return {**picked, "is_train": False}
+
+
+def load_restorer(spec: str, scale: int | None, param_key: str | None, device: torch.device) -> Restorer:
+    """Load what ``spec`` names: a checkpoint file or a run's folder, perhaps with a label in front, ``label=PATH``.
+
+    The network comes from the options that the run saved, or else is told from the weights' names and shapes.
+
+    Args:
+        scale: must agree with the network, and decides where its weights leave the scale open.
+        param_key: which weights of the file; see ``utils_checkpoint.load_state_dict``.
+
+    Raises:
+        UserError: the checkpoint is missing, unreadable, of an unknown network, or of another scale.
+    """
+    label, equals, path = spec.partition("=")
+    if not equals or Path(spec).exists():
+        label, path = "", spec
+    checkpoint = find_checkpoint(Path(path))
+    options = _saved_options(checkpoint)
+    if options is None:
+        try:
+            options = infer_netG(load_state_dict(checkpoint, param_key), scale)
+        except UserError as error:
+            prefix = "" if str(error).startswith(str(checkpoint)) else f"{checkpoint}: "
+            raise UserError(f"{prefix}{error}") from error
+    if scale not in (None, options["scale"]):
+        raise UserError(f"{checkpoint}: is made for scale {options['scale']}, which --scale {scale} contradicts")
+    if not label and Path(path).is_dir():
+        folder = Path(path).resolve()
+        label = (folder.parent if folder.name == "models" else folder).name
+    return _load(label or checkpoint.stem, checkpoint, options, param_key, device)
+
+
+def load_restorer_of(opt: Options, device: torch.device) -> Restorer:
+    """The generator of resolved options: ``path.pretrained_netG``, a file or a run's folder; null = the run's own.
+
+    Raises:
+        UserError: the checkpoint is missing, unreadable or does not fit ``netG``.
+    """
+    checkpoint = find_checkpoint(Path(opt.path.pretrained_netG) if opt.path.pretrained_netG else opt.task_dir)
+    return _load(opt.task, checkpoint, opt, opt.test.param_key, device)
+
+
+def _load(
+    label: str, checkpoint: Path, options: Options | dict[str, Any], param_key: str | None, device: torch.device
+) -> Restorer:
+    netG = define_G(options)
+    load_network(checkpoint, netG, param_key=param_key)
+    netG = netG.eval().requires_grad_(False).to(device)
+    return Restorer(label, checkpoint, netG, options["scale"], options["n_channels"])
