@@ -84,27 +84,23 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise UserError(f"--device {name}: is no device; use cpu, cuda or cuda:1") from None
-    if device.type not in ("cpu", "cuda") or (
-        device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
-    ):
-        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here; use --device cpu")
-    return device
+    gpus = torch.cuda.device_count()
+    known = ["cpu", *(f"cuda:{n}" for n in range(gpus)), *(["cuda"] if gpus else [])]
+    if name is not None and name not in known:
+        raise UserError(f"--device {name}: cannot be had here; use one of {', '.join(known)}")
+    return torch.device(name or known[-1])
 
 
 def _job(args: argparse.Namespace) -> Job:
     device = _device(args.device)
     if args.opt:
         opt = parse(args.opt, is_train=False, overrides=args.override)
-        if len({data.name for data in opt.test_sets.values()}) < len(opt.test_sets):
-            raise UserError(f"{args.opt}: datasets: two test sets have one name; give each its own")
-        if not opt.test_sets:
-            raise UserError(f"{args.opt}: datasets: there is no test set; add datasets.test.dataroot_H")
-        output = Path(opt.test.output) if opt.test.output else opt.task_dir / "results"
         sets = list(opt.test_sets.values())
+        if not sets:
+            raise UserError(f"{args.opt}: datasets: there is no test set; add datasets.test.dataroot_H")
+        if len({data.name for data in sets}) < len(sets):
+            raise UserError(f"{args.opt}: datasets: two test sets have one name; give each its own")
+        output = Path(opt.test.output) if opt.test.output else opt.task_dir / "results"
         return Job([load_restorer_of(opt, device)], sets, output, opt.test.tile, opt.test.tile_overlap, device)
     tile = args.tile or 0
     tile_overlap = 32 if args.tile_overlap is None else args.tile_overlap
@@ -232,16 +228,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         prepared.append((data, dataset, output_names(paths, roots)))
         check_output(job.output, paths, roots)
         # Without ground truth any size will do.
-        check_dataset(data if data.dataset_type != "l" else data.model_copy(update={"scale": 1}))
+        check_dataset(data)
     rows: list[dict[str, Any]] = []
     sheet: dict[str, Any] = {}
     try:
         for data, dataset, names in prepared:
             rows += _restore_set(job, data, dataset, names, sheet)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            "the images are too large for the memory: restore them in smaller tiles (--tile 256)"
-        ) from error
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
+            raise
+        raise UserError("the memory is too small for whole images: use tiles, --tile 256 or test.tile=256") from error
     except OSError as error:
         raise UserError(f"{job.output}: cannot be written: {error.strerror or error}") from error
     for model in job.models:

@@ -41,7 +41,7 @@ def _problems_of(files: Files, opt: DatasetOptions) -> list[str]:
     except UserError as error:
         return [str(error)]
     height, width = H.shape[:2]
-    smallest = opt.H_size if opt.phase == "train" else opt.scale
+    smallest = opt.H_size if opt.phase == "train" else 1 if opt.dataset_type == "l" else opt.scale
     if min(height, width) < smallest:
         what = "H_size" if opt.phase == "train" else "the scale"
         problems.append(f"{files.H} ({_size(H)}): smaller than {what} {smallest}")

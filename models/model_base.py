@@ -59,17 +59,20 @@ class ModelBase:
             ).to(device)
         self.ssl: SelfSimilarityLoss | None = None
         if train.ssl_l1_weight > 0 or train.ssl_kl_weight > 0:
-            self.ssl = SelfSimilarityLoss(
-                train.ssl_l1_weight,
-                train.ssl_kl_weight,
-                train.kernel_size_search,
-                train.kernel_size_window,
-                train.sigma,
-                train.generalization,
-                train.mask_stride,
-                train.mask_threshold,
-                train.ssl_mode,
-            )
+            try:
+                self.ssl = SelfSimilarityLoss(
+                    train.ssl_l1_weight,
+                    train.ssl_kl_weight,
+                    train.kernel_size_search,
+                    train.kernel_size_window,
+                    train.sigma,
+                    train.generalization,
+                    train.mask_stride,
+                    train.mask_threshold,
+                    train.ssl_mode,
+                )
+            except ValueError as error:
+                raise UserError(f"train.ssl_mode: {error}") from error
 
     # ------------------------------------------------------------------------------------------------------ building
 
@@ -107,7 +110,18 @@ class ModelBase:
         return {name: folder / f"{step}_{name}.pth" for name in names}
 
     def save(self, folder: Path, step: int) -> None:
-        """Write all files of a checkpoint, each of them atomically."""
+        """Write all files of a checkpoint, each of them atomically.
+
+        Raises:
+            UserError: a weight is NaN or infinite; nothing is written then.
+        """
+        for name, network in self.networks.items():
+            if not all(bool(p.isfinite().all()) for p in network.parameters()):
+                side = "D" if name == "D" else "G"
+                raise UserError(
+                    f"step {step}: net{name} has weights that are not finite, they are not saved; lower "
+                    f"train.{side}_optimizer_lr, then start again to go on from the last checkpoint"
+                )
         for name, path in self.files(folder, step).items():
             if name in self.networks:
                 save_network(self.networks[name], path)
@@ -121,16 +135,22 @@ class ModelBase:
                 load_network(path, self.networks[name], strict=True)
                 continue
             optimizer = self.optimizers[name.removeprefix("optimizer")]
+            settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             try:
                 optimizer.load_state_dict(load_checkpoint_file(path))
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path}: does not fit this run's optimizer ({error}); use another task") from error
+            # Only the moments come from the file: betas and weight decay are what the options say now.
+            for group, own in zip(optimizer.param_groups, settings, strict=True):
+                group.update(own)
 
     # ------------------------------------------------------------------------------------------------------- training
 
     def feed_data(self, data: dict[str, Any], need_H: bool = True) -> None:
         """Take a batch: ``L`` (N, C, h, w), ``H`` (N, C, h * scale, w * scale), RGB in [0, 1], perhaps ``mask``."""
+        self.log = {}  # of the step to come
         self.L: Tensor = data["L"].to(self.device, non_blocking=True)
+        self.has_H = need_H
         if need_H:
             self.H: Tensor = data["H"].to(self.device, non_blocking=True)
             self.mask: Tensor | None = data["mask"].to(self.device, non_blocking=True) if "mask" in data else None
@@ -179,11 +199,14 @@ class ModelBase:
 
     @torch.no_grad()
     def update_E(self) -> None:
-        """Move netE's parameters towards netG's by 1 - E_decay."""
+        """Move netE's parameters towards netG's by 1 - E_decay; running statistics are averages already: copied."""
         if self.netE is not None:
+            netG = unwrap(self.netG)
             averaged: list[Tensor] = list(self.netE.parameters())
-            current: list[Tensor] = list(unwrap(self.netG).parameters())
+            current: list[Tensor] = list(netG.parameters())
             torch._foreach_lerp_(averaged, current, 1 - self.opt.train.E_decay)
+            for mine, theirs in zip(self.netE.buffers(), netG.buffers(), strict=True):
+                mine.copy_(theirs)
 
     def update_learning_rate(self, current_step: int) -> None:
         """Set the learning rates of this step: halved (gamma) from each milestone on, in closed form as KAIR does."""
@@ -212,8 +235,9 @@ class ModelBase:
             network.train()
 
     def current_visuals(self) -> dict[str, Tensor]:
-        """The first image of the fed batch and its estimate, (C, H, W) on the CPU."""
-        return {"L": self.L[0].float().cpu(), "E": self.E[0].float().cpu(), "H": self.H[0].float().cpu()}
+        """The first image of the fed batch, its estimate, and H where it was fed; (C, H, W) on the CPU."""
+        shown = {"L": self.L, "E": self.E} | ({"H": self.H} if self.has_H else {})
+        return {name: images[0].float().cpu() for name, images in shown.items()}
 
     def describe(self) -> str:
         """One line: the networks and their sizes."""

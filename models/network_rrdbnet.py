@@ -112,6 +112,7 @@ class RRDBNetBasicSR(_RRDBNetwork):
         super().__init__(names, in_nc * fold**2, out_nc, nf, nb, gc, upscale_factors(sf * fold), use_checkpoint)
         self.sf = sf
         self.fold = fold
+        self.size_multiple = fold  # tiles start on the grid of the pixel-unshuffle
 
     def forward(self, x: Tensor) -> Tensor:
         h, w = x.shape[-2:]

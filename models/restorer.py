@@ -38,7 +38,7 @@ def find_checkpoint(path: Path) -> Path:
     """
     if not path.is_dir():
         if not path.exists():
-            raise UserError(f"{path}: there is no such checkpoint or run's folder")
+            raise UserError(f"{path}: there is no such checkpoint or run's folder; put one there or name another")
         return path
     models = path / "models" if (path / "models").is_dir() else path
     for network in "EG":

@@ -5,6 +5,7 @@ Without torchrun everything here is a no-op of a world of one, so that no caller
 
 import os
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,8 @@ def init(gpu_ids: Sequence[int] | None = None) -> torch.device:
         device = torch.device("cuda", ids[local_rank])
         torch.cuda.set_device(device)
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # The first process looks at every training image while the others wait: longer than the default of minutes.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=3))
     return device
 
 

@@ -2,12 +2,16 @@
 
 import logging
 import os
+import signal
 from collections.abc import Iterator, Sized
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from utils.utils_error import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +62,15 @@ class EndlessBatchSampler(Sampler[list[SampleKey]]):
             first += self.batch_size
 
 
-def _one_thread(_: int) -> None:
-    """The workers are the parallelism; OpenCV's and PyTorch's own threads would only fight over the cores."""
+def _init_worker(_: int) -> None:
+    """One thread, no ear for signals."""
+    # The workers are the parallelism; OpenCV's and PyTorch's own threads would only fight over the cores.
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+    # Ctrl-C and a scheduler's SIGTERM reach the whole group of processes: the main one ends its step, saves and then
+    # sends its workers home; if it dies they notice by themselves.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def training_loader(dataset: Dataset, sampler: EndlessBatchSampler, num_workers: int, pin_memory: bool) -> DataLoader:
@@ -75,9 +84,17 @@ def training_loader(dataset: Dataset, sampler: EndlessBatchSampler, num_workers:
         batch_sampler=sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_init_worker,
         persistent_workers=num_workers > 0,
     )
+
+
+def batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
+    """The loader's batches; a user's mistake found in a worker is one line here, without the worker's traceback."""
+    try:
+        yield from loader
+    except UserError as error:
+        raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from error
 
 
 def one_by_one(dataset: Dataset, rank: int, world_size: int) -> DataLoader:

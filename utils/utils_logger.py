@@ -23,6 +23,10 @@ class _TerminalHandler(logging.Handler):
             self.handleError(record)
 
 
+class _RunFileHandler(logging.FileHandler):
+    """The log file of the run at hand."""
+
+
 def setup(log_file: Path | None = None, quiet: bool = False) -> None:
     """Send the log to the terminal (unless quiet: processes other than the first) and, from now on, to a file."""
     root = logging.getLogger()
@@ -32,12 +36,18 @@ def setup(log_file: Path | None = None, quiet: bool = False) -> None:
         terminal.setFormatter(logging.Formatter("%(message)s"))
         root.addHandler(terminal)
     if log_file is not None:
-        for old in [h for h in root.handlers if isinstance(h, logging.FileHandler)]:
-            root.removeHandler(old)
-            old.close()
-        file = logging.FileHandler(log_file, encoding="utf-8")
+        close_file()
+        file = _RunFileHandler(log_file, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         root.addHandler(file)
+
+
+def close_file() -> None:
+    """Stop writing to the file of :func:`setup`: what comes next belongs to another run."""
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if isinstance(h, _RunFileHandler)]:
+        root.removeHandler(handler)
+        handler.close()
 
 
 def duration(seconds: float) -> str:
@@ -113,8 +123,9 @@ class Progress:
 
     def scalars(self, prefix: str, values: dict[str, float]) -> None:
         """Numbers for TensorBoard."""
-        for name, value in values.items() if self._writer else ():
-            self._writer.add_scalar(f"{prefix}/{name}", value, self.step)
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{prefix}/{name}", value, self.step)
 
     def close(self) -> None:
         """End the progress bar and the TensorBoard file."""

@@ -161,7 +161,7 @@ NetD = Annotated[
 class DatasetOptions(Section):
     """One data set. ``phase``, ``scale``, ``n_channels`` and ``seed`` are filled in from the top of the file."""
 
-    name: str = Field("", description="a name for logs and tables; null = the section's name")
+    name: str = Field("", description='a name for logs and tables; "" = the section\'s name')
     dataset_type: Literal["sr", "blindsr", "plain", "srmask", "blindsrmask", "plainmask", "l"] = Field(
         "sr",
         description="sr: L from dataroot_L or by MATLAB bicubic; blindsr: L by degradation_type; plain: pairs; "
@@ -283,7 +283,9 @@ class TestOptions(Section):
 class Options(Section):
     """All options of a run, resolved and checked."""
 
-    task: str = Field(description="the run's name; its folder is root/task", pattern=r"^[^/\\\s.][^/\\]*$")
+    task: str = Field(
+        description="the run's name; its folder is root/task", pattern=r"^[^/\\\s.\x00-\x1f][^/\\\x00-\x1f]*$"
+    )
     model: Literal["plain", "gan"] = Field("plain", description="plain = pixel losses, gan = adversarial")
     gpu_ids: list[Count] | None = Field(None, description="GPUs by number, one process each (torchrun); null = all")
     scale: Annotated[int, Field(ge=1, le=8)] = Field(4, description="upscaling factor, for networks and data alike")
@@ -334,7 +336,7 @@ _UNUSED_DATASET |= {"quality_factor", "quality_factor_test", "is_color", "n_chan
 _UNUSED_TRAIN = {f"{net}_regularizer_{kind}step" for net in "GD" for kind in ("orth", "clip")}
 _UNUSED_TRAIN |= {f"{net}_optimizer_reuse" for net in "GD"} | {"SSL_loss_type", "SSL1_loss_type"}
 _UNUSED_NETWORK = {"ng", "reduction", "bias", "r", "n_layers", "norm_type", "nf", "nc", "nb", "gc", "act_mode"}
-_UNUSED_NETWORK |= {"upsample_mode", "upscale", "act_type", "use_checkpoint", "scale", "n_channels"}
+_UNUSED_NETWORK |= {"upsample_mode", "downsample_mode", "upscale", "act_type", "use_checkpoint", "scale", "n_channels"}
 
 _RENAMED_TRAIN = {"SSL_loss_weight": "ssl_l1_weight", "SSL1_loss_weight": "ssl_kl_weight"}
 
@@ -437,6 +439,8 @@ def _read(path: Path) -> dict[str, Any]:
         ) from None
     except RecursionError:
         raise UserError(f"{path}: nested too deeply for an option file") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"{path}: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: an option file is one {{...}} object")
     return raw
@@ -451,7 +455,7 @@ def _override(raw: dict[str, Any], overrides: Iterable[str]) -> None:
             raise UserError(f"{text!r}: an override is written key.path=value, for example train.iterations=1000")
         try:
             parsed = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             parsed = value
         section = raw
         for depth, part in enumerate(parts[:-1], 1):
@@ -512,6 +516,8 @@ def _explain(error: Any) -> str:
         return f"{key}: {json.dumps(given)} is not valid; {remedy}"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return f"{key}: must be a section {{...}}, not {json.dumps(given)}"
+    if kind == "string_type":
+        return f"{key}: must be text in double quotes, not {json.dumps(given, default=str)}"
     if kind == "string_pattern_mismatch":
         return f"{key}: {json.dumps(given)} cannot be the name of a folder: give a plain name without / or leading dot"
     message = re.sub(
@@ -575,8 +581,8 @@ def _problems(opt: Options) -> Iterator[str]:
     if opt.scale not in scales:
         yield f"scale: {opt.netG.net_type} is made for scales {', '.join(map(str, scales))}, not {opt.scale}"
     for name in opt.test_sets:
-        if not name.startswith(("test", "val")):
-            yield f"datasets.{name}: a set is called train, or its name begins with test or val"
+        if not re.fullmatch(r"(test|val)[^/\\.\x00-\x1f]*", name):  # it becomes part of a file's name
+            yield f"datasets.{name}: a set is called train, or its name begins with test or val, without / or dot"
     for name, d in opt.datasets.items():
         key = f"datasets.{name}"
         if name == "train" and d.dataset_type == "l":
@@ -587,6 +593,8 @@ def _problems(opt: Options) -> Iterator[str]:
             yield f"{key}: dataset_type {d.dataset_type} needs both dataroot_L and dataroot_H"
         if d.dataset_type != "l" and d.dataroot_H is None:
             yield f"{key}.dataroot_H: is required: the folder of the ground-truth images"
+        if name == "train" and d.dataroot_H_mask and not d.dataset_type.endswith("mask"):
+            yield f"{key}.dataroot_H_mask: is read by dataset_type {d.dataset_type}mask only, not {d.dataset_type}"
         if name == "train" and d.H_size % opt.scale:
             yield f"{key}.H_size: {d.H_size} must be divisible by scale {opt.scale}"
         if d.lq_patchsize and d.lq_patchsize * opt.scale > d.H_size:
@@ -621,9 +629,14 @@ def _problems(opt: Options) -> Iterator[str]:
     weights = train.F_weights if isinstance(train.F_weights, list) else [train.F_weights]
     if len(layers) != len(weights):
         yield f"train.F_weights: {len(weights)} weights for {len(layers)} layers in F_feature_layer"
+    if not layers:
+        yield "train.F_feature_layer: names no layer; give at least one, or set train.F_lossfn_weight to 0"
     for layer in layers:
         if not 0 <= layer <= 36:
             yield f"train.F_feature_layer: {layer} is not an index into vgg19.features (0 to 36)"
+    halvings = sum(max(layers) >= pool for pool in (4, 9, 18, 27, 36))
+    if train.F_lossfn_weight and size < 2**halvings:
+        yield f"train.F_feature_layer: {max(layers)} needs patches of at least {2**halvings} pixels, not {size}"
     if opt.model == "plain" and not train.G_lossfn_weight and not with_ssl:
         yield "train.G_lossfn_weight: all losses of the generator have weight 0: nothing to train"
     if opt.model == "gan":

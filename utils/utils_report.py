@@ -124,10 +124,11 @@ _INK, _PAPER, _FRAME = (32, 32, 32), (255, 255, 255), (230, 30, 30)
 def edge_rich_crop(image: Picture, size: int) -> tuple[int, int, int, int]:
     """(top, left, height, width) of the window of at most ``size`` x ``size`` px with the most edges in it.
 
-    Fine texture saturates, so that a window with many edges wins over one with a single strong edge.
+    Edges saturate, so that a window with many of them wins over one with a single strong edge; noise is smoothed away.
     """
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) if image.ndim == 3 else image
-    edges = np.minimum(np.abs(cv2.Laplacian(gray, cv2.CV_32F)), 64)
+    smooth = cv2.GaussianBlur(gray.astype(np.float32), (0, 0), 1.5)
+    edges = np.minimum(np.hypot(cv2.Sobel(smooth, -1, 1, 0), cv2.Sobel(smooth, -1, 0, 1)), 128)
     height, width = min(size, gray.shape[0]), min(size, gray.shape[1])
     sums = cv2.boxFilter(edges, -1, (width, height), anchor=(0, 0), normalize=False, borderType=cv2.BORDER_ISOLATED)
     sums = sums[: gray.shape[0] - height + 1, : gray.shape[1] - width + 1]

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from utils.utils_error import UserError
 from utils.utils_run import save_json
 
 logger = logging.getLogger(__name__)
@@ -49,21 +50,35 @@ class Checkpoints:
                 return state
         return {}
 
+    def _newest_state(self, upto: float = math.inf) -> dict[str, Any]:
+        """The newest state up to a step: a run stopped before it wrote its last one still has those before."""
+        states = (self._state(step) for step in saved_steps(self.folder) if step <= upto)
+        return next((state for state in states if state), {})
+
     def seed(self) -> int | None:
         """The seed of the run so far."""
-        return next(
-            (state["seed"] for step in saved_steps(self.folder) if "seed" in (state := self._state(step))), None
-        )
+        return self._newest_state().get("seed")
 
     def resume(self, model: Saved) -> int:
-        """Load the newest checkpoint of which every file is there; -> its step, 0 where there is none."""
+        """Load the newest checkpoint of which every file is there; -> its step, 0 where there is none.
+
+        Raises:
+            UserError: there are checkpoints, but of another kind of run, which this one would write over.
+        """
+        lacking = ""
         for step in saved_steps(self.folder):
             missing = [path.name for path in model.files(self.folder, step).values() if not path.is_file()]
             if not missing:
                 model.load(self.folder, step)
-                self.state = self._state(step)
+                self.state = self._newest_state(upto=step)
                 return step
             logger.info("checkpoint %d is incomplete (no %s): looking for an older one", step, ", ".join(missing))
+            lacking = lacking or ", ".join(missing)
+        if self._newest_state():  # it is written last: that checkpoint was complete for the run that wrote it
+            raise UserError(
+                f"{self.folder}: holds checkpoints of a run with other networks (no {lacking}); choose another task, "
+                f"with path.pretrained_netG to start from them, or remove that folder"
+            )
         return 0
 
     def save(self, model: Saved, step: int, seed: int, psnr: float | None) -> None:
@@ -73,12 +88,15 @@ class Checkpoints:
             psnr: the score of this step in dB, if it was validated.
         """
         model.save(self.folder, step)
-        if psnr is not None and psnr >= self.state.get("best_psnr", -math.inf):
+        best = self.state.get("best_psnr")
+        if psnr is not None and (best is None or psnr >= best):
             self.state.update(best_psnr=psnr, best_step=step)
         self.state.update(step=step, seed=seed)
         save_json(self.state, self.folder / f"{step}_state.json")
         logger.info("saved step %d in %s", step, self.folder)
-        for old in saved_steps(self.folder)[self.keep :] if self.keep else []:
+        # A later step is what an interruption left; were it counted, it would push out what was just saved.
+        so_far = [n for n in saved_steps(self.folder) if n <= step]
+        for old in so_far[self.keep :] if self.keep else []:
             if old != self.state.get("best_step"):
                 for path in [*model.files(self.folder, old).values(), self.folder / f"{old}_state.json"]:
                     path.unlink(missing_ok=True)

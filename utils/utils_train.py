@@ -5,8 +5,8 @@ import logging
 import random
 import signal
 import sys
-from collections.abc import Callable, Sequence, Sized
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from utils import utils_dist
 from utils.utils_error import UserError
-from utils.utils_loader import EndlessBatchSampler, training_loader
-from utils.utils_logger import Progress, setup
-from utils.utils_option import DatasetOptions, Options, parse
+from utils.utils_loader import EndlessBatchSampler, batches, training_loader
+from utils.utils_logger import Progress, close_file, setup
+from utils.utils_option import DatasetOptions, Options, parse, patch_size
 from utils.utils_resume import Checkpoints
 from utils.utils_run import run_facts, save_json
 from utils.utils_validate import validate
@@ -42,7 +42,7 @@ def training_options(description: str | None, models: Sequence[str], argv: Seque
     parser.add_argument("override", nargs="*", metavar="key.path=value", help="e.g. train.iterations=1000")
     for kair in ("--launcher", "--local_rank", "--local-rank", "--dist"):
         parser.add_argument(kair, help=argparse.SUPPRESS)  # torchrun's variables tell all of it
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)  # overrides may stand before --opt and after it
     opt = parse(arguments.opt, is_train=True, overrides=arguments.override)
     if opt.model not in models:
         script = {"plain": "main_train_psnr.py", "gan": "main_train_gan.py"}[opt.model]
@@ -73,6 +73,7 @@ def train(
                 _loop(run, stop)
     finally:
         utils_dist.close()
+        close_file()
     if stop.received:
         sys.exit(128 + stop.received)
 
@@ -124,11 +125,10 @@ def _prepare(opt: Options, define_Model, define_Dataset, check_dataset, device: 
             check_dataset(d)
         _make_run_folder(opt, seed)
 
-    assert isinstance(train_set, Sized)
     images, batch = len(train_set), data.dataloader_batch_size
     logger.info("%s on %s: %s", opt.task, device, model.describe())
     logger.info(
-        f"{images} images, batch {batch} = {world_size} x {batch // world_size} patches of {data.H_size} px, "
+        f"{images} images, batch {batch} = {world_size} x {batch // world_size} patches of {patch_size(data)} px, "
         f"seed {seed}, {f'resumed at step {step}' if step else 'from the start'}"
     )
     sampler = EndlessBatchSampler(images, batch, seed, data.dataloader_shuffle, step, rank, world_size)
@@ -138,10 +138,20 @@ def _prepare(opt: Options, define_Model, define_Dataset, check_dataset, device: 
 
 def _loop(run: _Run, stop: "_StopSignals") -> None:
     """The steps, with logs, validation and checkpoints at their times."""
-    opt, model, device, step, train = run.opt, run.model, run.device, run.step, run.opt.train
     is_main = utils_dist.rank() == 0
-    progress = Progress(step, train.iterations, opt.task_dir / "tensorboard" if is_main else None, is_main)
-    for batch in run.loader:
+    board = run.opt.task_dir / "tensorboard" if is_main else None
+    with closing(Progress(run.step, run.opt.train.iterations, board, is_main)) as progress:
+        step = _steps(run, stop, progress)
+    if stop.received:
+        logger.info("stopped by a signal at step %d; the same command goes on from there", step)
+    else:
+        logger.info("done at step %d", step)
+
+
+def _steps(run: _Run, stop: "_StopSignals", progress: Progress) -> int:
+    """-> the last step that was done."""
+    model, device, step, train = run.model, run.device, run.step, run.opt.train
+    for batch in batches(run.loader):
         step += 1
         progress.data_arrived()
         # Reseeded for each step: so a resumed run needs no saved generator states to equal the uninterrupted one.
@@ -161,16 +171,12 @@ def _loop(run: _Run, stop: "_StopSignals") -> None:
         if run.test_sets and not stopping and (finished or step % train.checkpoint_test == 0):
             score = _validate(run, step, progress)
         if finished or stopping or step % train.checkpoint_save == 0:
-            if is_main:
+            if utils_dist.rank() == 0:
                 run.checkpoints.save(model, step, run.seed, score)
             progress.pause_over()
         if finished or stopping:
             break
-    progress.close()
-    if stop.received:
-        logger.info("stopped by a signal at step %d; the same command goes on from there", step)
-    else:
-        logger.info("done at step %d", step)
+    return step
 
 
 def _validate(run: _Run, step: int, progress: Progress) -> float | None:
@@ -220,7 +226,13 @@ def _make_run_folder(opt: Options, seed: int) -> None:
             f"path.root: {opt.task_dir} cannot be written ({error.strerror}); set path.root=FOLDER"
         ) from error
     stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
-    save_json(opt.model_dump(exclude={"unused", "is_train"}), opt.task_dir / "options" / f"{stamp}.json")
+    # Without what is filled in, so that the file can be given again and changed on the command line.
+    filled_in: Any = {
+        "unused": True,
+        "is_train": True,
+        "datasets": {"__all__": {"phase", "scale", "n_channels", "seed"}},
+    }
+    save_json(opt.model_dump(exclude=filled_in), opt.task_dir / "options" / f"{stamp}.json")
     save_json({**run_facts(), "seed": seed}, opt.task_dir / "options" / f"{stamp}_facts.txt")
 
 

@@ -22,16 +22,18 @@ def validate(
 
     Args:
         model: a ``models.model_base.ModelBase``.
-        test_set: items with L and H; items without H are restored for the grid only.
+        test_set: items with L and H; items without H, or too small for SSIM, are restored for the grid only.
         grid: PNG to write, one row an image: L (pixels repeated), E and H where there is one.
         images: rows of the grid.
     """
-    sums, rows = {"psnr": 0.0, "ssim": 0.0, "count": 0.0}, []
+    sums = {"psnr": 0.0, "ssim": 0.0, "count": 0.0}
+    rows: list[np.ndarray] = []
+    smallest = 2 * scale + 11  # the border on both sides and SSIM's window
     for batch in one_by_one(test_set, utils_dist.rank(), utils_dist.world_size()):
         model.feed_data(batch, need_H="H" in batch)
         model.test()
         shown = {name: tensor2uint(image) for name, image in model.current_visuals().items()}
-        if "H" in shown:
+        if "H" in shown and min(shown["H"].shape[:2]) >= smallest:
             sums["psnr"] += calculate_psnr(shown["E"], shown["H"], border=scale)
             sums["ssim"] += calculate_ssim(shown["E"], shown["H"], border=scale)
             sums["count"] += 1

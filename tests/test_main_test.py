@@ -1,0 +1,299 @@
+"""The command line of main_test.py, on generated images and tiny networks."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from main_test import main
+from models.select_network import define_G
+from tests.conftest import REPOSITORY, photograph
+from utils.utils_error import UserError
+from utils.utils_image import calculate_psnr, imread_uint, imresize_np, imsave, modcrop, single2uint, uint2single
+
+COMPACT = {"net_type": "srvgg_compact", "nf": 8, "nc": 2}  # sees 4 pixels around each
+
+
+def options(scale: int = 4, n_channels: int = 3, netG: dict | None = None) -> dict:
+    return {"scale": scale, "n_channels": n_channels, "netG": netG or COMPACT}
+
+
+def network(seed: int = 0, **kwargs) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return define_G(options(**kwargs))
+
+
+def save_checkpoint(path: Path, seed: int = 0, **kwargs) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(network(seed, **kwargs).state_dict(), path)
+    return path
+
+
+def save_run(folder: Path, names: tuple[str, ...] = ("8_G", "8_E", "10_G", "10_E"), **kwargs) -> Path:
+    """A run's folder as training leaves it; every checkpoint has weights of its own."""
+    for seed, name in enumerate(names):
+        save_checkpoint(folder / "models" / f"{name}.pth", seed, **kwargs)
+    (folder / "options").mkdir()
+    (folder / "options" / "20260101_000000.json").write_text("{}")
+    (folder / "options" / "20260102_000000.json").write_text(json.dumps({"task": folder.name, **options(**kwargs)}))
+    return folder
+
+
+def save_images(folder: Path, sizes: dict[str, tuple[int, int]], channels: int = 3) -> Path:
+    for seed, (name, size) in enumerate(sizes.items()):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        imsave(photograph(*size, seed=seed, channels=channels), str(folder / name))
+    return folder
+
+
+def results(folder: Path) -> dict[str, np.ndarray]:
+    return {path.relative_to(folder).as_posix(): imread_uint(str(path)) for path in sorted(folder.rglob("*.png"))}
+
+
+def test_two_runs_are_compared_with_bicubic_on_any_sizes(tmp_path):
+    for seed, name in enumerate(("psnr", "gan_ssl")):
+        save_run(tmp_path / name, names=("10_E", f"{10 + seed}_G"))
+    H = save_images(tmp_path / "Set2", {"a.png": (61, 83), "deep/er/b.bmp": (50, 45)})
+    arguments = ["--model_path", tmp_path / "psnr", f"ssl={tmp_path / 'gan_ssl' / 'models'}", "--gt", H]
+    command = [sys.executable, str(REPOSITORY / "main_test.py"), *map(str, arguments)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+
+    table = [line.split() for line in done.stdout.split("\n")]
+    start = table.index(["model", "PSNR", "SSIM", "PSNR-Y", "SSIM-Y", "SSL"])
+    assert [line[0] for line in table[start + 2 : start + 5]] == ["bicubic", "psnr", "ssl"]
+    assert "border of 4 px" in " ".join(done.stdout.split())
+    assert max(map(len, done.stdout[done.stdout.index("model ") :].split("\n")[:5])) <= 80
+
+    out = tmp_path / "results"
+    content = json.loads((out / "results.json").read_text())
+    assert content["facts"]["torch"] == torch.__version__
+    assert content["models"]["psnr"].endswith("10_E.pth")
+    with (out / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["image"], row["model"]) for row in rows] == [
+        (image, model) for image in ("a", "deep/er/b") for model in ("bicubic", "psnr", "ssl")
+    ]
+    assert list(rows[0])[3] == "PSNR"
+    mean = sum(float(row["PSNR"]) for row in rows if row["model"] == "psnr") / 2
+    assert content["sets"]["Set2"]["means"]["psnr"]["PSNR"] == pytest.approx(mean)
+    assert table[start + 3][1] == f"{mean:.2f}"
+
+    saved = results(out)
+    assert saved["psnr/Set2/a.png"].shape == (60, 80, 3)
+    assert saved["ssl/Set2/deep/er/b.png"].shape == (48, 44, 3)
+    truth = modcrop(imread_uint(str(H / "a.png")), 4)
+    assert float(rows[1]["PSNR"]) == pytest.approx(calculate_psnr(saved["psnr/Set2/a.png"], truth, 4))
+    bicubic = single2uint(imresize_np(imresize_np(uint2single(truth), 0.25), 4))
+    # A value on the edge between two of the 256 levels may fall to the other side: float32 sums in another order.
+    assert float(rows[0]["PSNR"]) == pytest.approx(calculate_psnr(bicubic, truth, 4), abs=0.01)
+    assert str(out / "side_by_side.png") in done.stdout.replace("results/", f"{out}/")
+    assert saved["side_by_side.png"].shape[1] > 5 * 256
+
+
+@pytest.mark.parametrize(
+    ("names", "taken"),
+    [
+        (("9_E", "9_G", "10_E", "10_G", "100_optimizerG"), "10_E.pth"),
+        (("9_G", "20_G", "100_D"), "20_G.pth"),
+    ],
+)
+def test_the_newest_average_of_a_run_is_taken_and_named(tmp_path, capsys, names, taken):
+    run = save_run(tmp_path / "run", names=names)
+    L = save_images(tmp_path / "L", {"a.png": (9, 13)})
+    main(["--model_path", str(run), "--input", str(L), "--output", str(tmp_path / "out")])
+    assert f"is {taken}" in capsys.readouterr().out
+    main(["--model_path", f"run={run / 'models' / taken}", "--input", str(L), "--output", str(tmp_path / "other")])
+    assert np.array_equal(*(results(tmp_path / name)["run/L/a.png"] for name in ("out", "other")))
+
+
+def test_without_ground_truth_images_are_only_restored_beside_the_run(tmp_path):
+    run = save_run(tmp_path / "run")
+    L = save_images(tmp_path / "photos", {"x/one.jpg": (1, 1), "two.webp": (7, 30), "x/three.tif": (16, 16)})
+    command = ["--model_path", str(run), "--input", str(L)]
+    for _ in range(2):  # the second time its own results are replaced
+        main(command)
+        shapes = {name: image.shape[:2] for name, image in results(run / "results").items()}
+        prefix = "run/photos"
+        assert shapes == {
+            f"{prefix}/two.png": (28, 120),
+            f"{prefix}/x/one.png": (4, 4),
+            f"{prefix}/x/three.png": (64, 64),
+        }
+        assert not list((run / "results").glob("results.*"))
+
+
+def test_a_bare_checkpoint_is_recognised_and_one_image_is_enough(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rrdbnet = {"net_type": "rrdbnet", "nf": 8, "nb": 1, "gc": 4}
+    checkpoint = tmp_path / "bsrgan_x2.pth"
+    torch.save({"params_ema": network(scale=2, netG=rrdbnet).state_dict()}, checkpoint)
+    L = save_images(tmp_path / "L", {"a.png": (9, 13)}) / "a.png"
+    with pytest.raises(UserError, match=r"bsrgan_x2\.pth: .*--scale"):
+        main(["--model_path", str(checkpoint), "--input", str(L)])
+    assert not Path("results").exists()
+    main(["--model_path", str(checkpoint), "--input", str(L), "--scale", "2"])
+    assert {name: i.shape for name, i in results(Path("results")).items()} == {"bsrgan_x2/L/a.png": (18, 26, 3)}
+
+
+def test_tiles_give_the_whole_image(tmp_path):
+    run = save_run(tmp_path / "run")
+    L = save_images(tmp_path / "L", {"a.png": (45, 38)})
+    for name, more in (("whole", []), ("tiled", ["--tile", "20", "--tile_overlap", "8"])):
+        main(["--model_path", str(run), "--input", str(L), "--output", str(tmp_path / name), *more])
+    whole, tiled = (results(tmp_path / name)["run/L/a.png"].astype(int) for name in ("whole", "tiled"))
+    # A float32 value between two levels may round to either.
+    assert np.abs(whole - tiled).max() <= 1
+
+
+def test_pairs_are_found_by_name_and_gray_networks_read_colour(tmp_path):
+    run = save_run(tmp_path / "gray", n_channels=1, scale=2)
+    H = save_images(tmp_path / "H", {"a.png": (41, 52), "b.png": (30, 30)})
+    L = tmp_path / "L"
+    L.mkdir()
+    for name in ("a", "b"):
+        small = imresize_np(uint2single(modcrop(imread_uint(str(H / f"{name}.png")), 2)), 0.5)
+        imsave(single2uint(small), str(L / f"{name}x2.png"))
+    output = tmp_path / "out"
+    main(["--model_path", str(run), "--input", str(L), "--gt", str(H), "--output", str(output)])
+    rows = json.loads((output / "results.json").read_text())["images"]
+    assert [(row["image"], row["model"]) for row in rows][:2] == [("ax2", "bicubic"), ("ax2", "gray")]
+    assert rows[0]["PSNR"] == rows[0]["PSNR-Y"] > 15
+    assert cv2.imread(str(output / "gray" / "L" / "ax2.png"), cv2.IMREAD_UNCHANGED).shape == (40, 52)
+
+
+def test_sixteen_bits_stay_sixteen_bits(tmp_path):
+    run = save_run(tmp_path / "run")
+    (tmp_path / "L").mkdir()
+    imsave(photograph(8, 9).astype(np.uint16) * 257, str(tmp_path / "L" / "deep.png"))
+    imsave(photograph(8, 9), str(tmp_path / "L" / "flat.png"))
+    main(["--model_path", str(run), "--input", str(tmp_path / "L")])
+    deep, flat = (imread_uint(str(run / "results" / "run" / "L" / f"{name}.png")) for name in ("deep", "flat"))
+    assert (deep.dtype, flat.dtype) == (np.uint16, np.uint8)
+    # Two roundings to 8 bits, half a level each.
+    assert np.abs(deep / 257 - flat).max() <= 1
+
+
+def option_file(tmp_path: Path, **changes) -> Path:
+    content = {
+        "task": "run",
+        **options(),
+        "path": {"root": str(tmp_path)},
+        "datasets": {
+            "test_measured": {"dataset_type": "sr", "dataroot_H": str(tmp_path / "H")},
+            "test_real": {"dataset_type": "l", "dataroot_L": str(tmp_path / "L"), "name": "real"},
+        },
+        **changes,
+    }
+    path = tmp_path / "test_x.json"
+    path.write_text(f"// made by a test\n{json.dumps(content)}")
+    return path
+
+
+def test_an_option_file_tests_its_own_run_on_all_its_sets(tmp_path):
+    save_run(tmp_path / "run")
+    save_images(tmp_path / "H", {"a.png": (40, 44)})
+    save_images(tmp_path / "L", {"b.png": (3, 5)})
+    main(["--opt", str(option_file(tmp_path)), "test.tile=16", "test.tile_overlap=8"])
+    out = tmp_path / "run" / "results"
+    assert [*results(out)] == ["run/real/b.png", "run/test_measured/a.png", "side_by_side.png"]
+    content = json.loads((out / "results.json").read_text())
+    assert [*content["sets"]] == ["test_measured"]
+    assert content["tile"] == 16
+    other = save_checkpoint(tmp_path / "other.pth", seed=7)
+    main(["--opt", str(option_file(tmp_path)), f"path.pretrained_netG={other}", f"test.output={tmp_path / 'o'}"])
+    assert not np.array_equal(results(tmp_path / "o")["run/real/b.png"], results(out)["run/real/b.png"])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Runs, checkpoints and images to make mistakes with."""
+    root = tmp_path_factory.mktemp("place")
+    save_run(root / "run")
+    save_run(root / "double", scale=2)
+    save_images(root / "H", {"a.png": (40, 40)})
+    save_images(root / "L", {"a.png": (10, 10)})
+    save_images(root / "other", {"unpaired.png": (10, 10)})
+    save_images(root / "twins", {"a.png": (10, 10), "a.jpg": (10, 10)})
+    (root / "empty").mkdir()
+    (root / "broken").mkdir()
+    (root / "broken" / "z.png").write_bytes(b"no image")
+    save_images(root / "broken", {"a.png": (10, 10)})
+    (root / "note.txt").write_text("no checkpoint")
+    optimizer = torch.optim.Adam(network().parameters())
+    torch.save(optimizer.state_dict(), root / "run" / "models" / "10_optimizerG.pth")
+    save_checkpoint(root / "run" / "models" / "10_D.pth", netG={"net_type": "msrresnet1", "nc": 8, "nb": 1})
+    torch.save({"layers.0.attn.qkv.weight": torch.zeros(3, 3)}, root / "unknown.pth")
+    option_file(root)
+    return root
+
+
+MISTAKES = {
+    "nothing given": ("", "--opt FILE or --model_path"),
+    "both ways at once": ("--opt test_x.json --model_path run --input L", "either"),
+    "unknown argument": ("--model_path run --input L --tiles 9", "--tiles"),
+    "scale is no number": ("--model_path run --input L --scale four", "--scale"),
+    "no images named": ("--model_path run", "--input"),
+    "option beside a model": ("test.tile=9 --model_path run --input L", "--opt only"),
+    "argument beside options": ("--opt test_x.json --tile 9", "test.tile"),
+    "missing option file": ("--opt test_y.json", r"test_x\.json"),
+    "unknown option": ("--opt test_x.json test.tiel=9", "'tile'"),
+    "missing model": ("--model_path nowhere --input L", "nowhere"),
+    "folder without a model": ("--model_path empty --input L", r"_E\.pth"),
+    "optimizer file": ("--model_path run/models/10_optimizerG.pth --input L", "optimizer"),
+    "discriminator file": ("--model_path run/models/10_D.pth --input L", "does not fit"),
+    "text file": ("--model_path note.txt --input L", r"note\.txt"),
+    "unknown network": ("--model_path unknown.pth --input L", r"layers\.0\.attn\.qkv\.weight.*--opt"),
+    "wrong key": ("--model_path run --input L --param_key ema", "'ema'"),
+    "wrong scale": ("--model_path run --input L --scale 2", "scale 4"),
+    "wrong scale of a file": ("--model_path run/models/10_E.pth --input L --scale 3", "scale 4"),
+    "two scales": ("--model_path run double --gt H", "differs from run"),
+    "one name twice": ("--model_path run run --gt H", "NAME=PATH"),
+    "reserved name": ("--model_path bicubic=run --gt H", "NAME=PATH"),
+    "name of a path": ("--model_path ../up=run --gt H", "NAME=PATH"),
+    "missing input": ("--model_path run --input nowhere", "nowhere"),
+    "missing ground truth": ("--model_path run --input L --gt nowhere", "nowhere"),
+    "empty input": ("--model_path run --input empty", "no images"),
+    "input is no image": ("--model_path run --input note.txt", r"note\.txt"),
+    "broken image": ("--model_path run --input broken", r"z\.png"),
+    "no partner": ("--model_path run --input other --gt H", r"a\.png"),
+    "wrong sizes": ("--model_path double --input L --gt H", "10x10"),
+    "two results of one name": ("--model_path run --input twins", "both"),
+    "tile below overlap": ("--model_path run --input L --tile 16", "overlap"),
+    "negative tile": ("--model_path run --input L --tile -4", "tile"),
+    "unknown device": ("--model_path run --input L --device tpu", "tpu"),
+    "missing device": ("--model_path run --input L --device cuda:77", "cuda:77"),
+    "output is the input": ("--model_path run --input L --output L", "another folder"),
+    "output in the input": ("--model_path run --input L --output L/out", "another folder"),
+    "output around the input": ("--model_path run --input L --output .", "another folder"),
+    "output is a file": ("--model_path run --input L --output note.txt", "another folder"),
+    "set is missing": ("--opt test_x.json datasets.test_measured.dataroot_H=nowhere", "nowhere"),
+    "no sets": ("--opt test_x.json datasets={}", "test set"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_writes_nothing(place, monkeypatch, mistake):
+    monkeypatch.chdir(place)
+    arguments, words = MISTAKES[mistake]
+    before = sorted(place.rglob("*"))
+    with pytest.raises(UserError) as error:
+        main(arguments.split())
+    assert re.search(words, str(error.value)), str(error.value)
+    assert "\n" not in str(error.value).strip()
+    assert sorted(place.rglob("*")) == before
+
+
+def test_the_script_ends_with_status_two_after_a_mistake(place):
+    command = [sys.executable, str(REPOSITORY / "main_test.py"), "--model_path", "run", "--input", "nowhere"]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.strip().split("\n") == ["error: nowhere: there is no such folder or image"]

@@ -1,0 +1,127 @@
+"""Whole images and tiles: utils/utils_tile.py."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.select_network import define_G
+from utils.utils_error import UserError
+from utils.utils_tile import restore
+
+# The same sums in another order: a few units in the last place of float32 at values around 1.
+TOLERANCE = 1e-5
+
+
+class Enlarge(nn.Module):
+    """Nearest-neighbour enlargement that remembers the sizes it was given."""
+
+    def __init__(self, scale: int = 2) -> None:
+        super().__init__()
+        self.scale = scale
+        self.sizes: list[tuple[int, int]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes.append((x.shape[-2], x.shape[-1]))
+        return F.interpolate(x, scale_factor=self.scale)
+
+
+def image(height: int, width: int, channels: int = 3) -> Tensor:
+    return torch.rand(1, channels, height, width, generator=torch.Generator().manual_seed(0))
+
+
+def small_network(scale: int = 4, nc: int = 3) -> nn.Module:
+    """Its nc + 2 convolutions of 3 x 3 see nc + 2 pixels in each direction."""
+    torch.manual_seed(0)
+    return define_G({"scale": scale, "netG": {"net_type": "srvgg_compact", "nf": 8, "nc": nc}}).eval()
+
+
+@pytest.mark.parametrize(("height", "width"), [(41, 67), (24, 90), (23, 25), (24, 24), (16, 100)])
+def test_tiles_equal_the_whole_image_where_half_the_overlap_covers_the_receptive_field(height, width):
+    netG, L = small_network(nc=3), image(height, width)
+    whole, tiled = restore(netG, L, 4), restore(netG, L, 4, tile=24, tile_overlap=10)
+    torch.testing.assert_close(tiled, whole, atol=TOLERANCE, rtol=0)
+
+
+def test_tiles_differ_where_the_overlap_is_one_pixel_too_small():
+    # Else the test above would not notice a seam.
+    netG, L = small_network(nc=3), image(41, 67)
+    difference = restore(netG, L, 4) - restore(netG, L, 4, tile=24, tile_overlap=8)
+    assert difference.abs().max() > 10 * TOLERANCE
+
+
+def test_every_tile_is_a_full_one_where_the_image_allows():
+    netG = Enlarge()
+    restore(netG, image(50, 33), 2, tile=16, tile_overlap=5)
+    assert set(netG.sizes) == {(16, 16)}
+    netG = Enlarge()
+    restore(netG, image(10, 33), 2, tile=16, tile_overlap=5)
+    assert set(netG.sizes) == {(10, 16)}
+
+
+@pytest.mark.parametrize("tile", [0, 40])
+def test_an_image_that_fits_goes_through_in_one_call(tile):
+    netG = Enlarge()
+    restore(netG, image(40, 31), 2, tile, 8)
+    assert netG.sizes == [(40, 31)]
+
+
+@pytest.mark.parametrize(("overlap", "tile"), [(0, 1), (0, 7), (1, 2), (6, 7)])
+def test_no_pixel_is_lost_with_extreme_tiles(overlap, tile):
+    L = image(9, 20)
+    assert torch.equal(restore(Enlarge(3), L, 3, tile, overlap), F.interpolate(L, scale_factor=3))
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 9), (5, 3), (8, 8), (30, 17)])
+@pytest.mark.parametrize("tile", [0, 16])
+def test_sizes_are_extended_to_what_the_network_takes_and_cropped(height, width, tile):
+    netG, L = Enlarge(), image(height, width)
+    netG.size_multiple = 8
+    assert torch.equal(restore(netG, L, 2, tile, 8), F.interpolate(L, scale_factor=2))
+    assert all(h % 8 == 0 and w % 8 == 0 for h, w in netG.sizes)
+
+
+def test_tiles_start_on_the_grid_of_a_network_that_folds_pixels():
+    class Folded(nn.Module):
+        size_multiple = 4
+
+        def forward(self, x: Tensor) -> Tensor:
+            coarse = F.avg_pool2d(x, 4)
+            return F.interpolate(coarse, scale_factor=4)
+
+    L = image(44, 61)
+    whole, tiled = restore(Folded(), L, 1), restore(Folded(), L, 1, tile=18, tile_overlap=5)
+    # The last block of a row is extended by reflection in both.
+    torch.testing.assert_close(tiled, whole, atol=TOLERANCE, rtol=0)
+
+
+def test_one_pixel_is_enough():
+    assert restore(small_network(), image(1, 1), 4, tile=64).shape == (1, 3, 4, 4)
+
+
+def test_batches_and_gray_images_keep_their_shape():
+    L = torch.rand(2, 1, 30, 21)
+    assert torch.equal(restore(Enlarge(), L, 2, 16, 4), F.interpolate(L, scale_factor=2))
+
+
+def test_the_result_is_not_clamped_and_has_no_gradient():
+    netG = nn.Conv2d(3, 3, 1)
+    nn.init.constant_(netG.bias, 5.0)
+    E = restore(netG, image(4, 4), 1)
+    assert E.max() > 1
+    assert not E.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("tile", "overlap", "multiple"), [(32, 32, 1), (16, 32, 1), (36, 32, 8), (-1, 0, 1), (8, -1, 1)]
+)
+def test_tiles_that_do_not_exceed_their_overlap_are_refused(tile, overlap, multiple):
+    netG = Enlarge()
+    netG.size_multiple = multiple
+    with pytest.raises(UserError, match="tile"):
+        restore(netG, image(64, 64), 2, tile, overlap)
+
+
+def test_a_network_of_another_scale_is_refused():
+    with pytest.raises(ValueError, match="scale 4"):
+        restore(Enlarge(2), image(5, 5), 4)
