@@ -34,6 +34,7 @@ class ModelBase:
         self.opt = opt
         self.device = device
         self.log: dict[str, float] = {}
+        self.shown: dict[str, Tensor] = {}  # parts of a loss, logged at the next descent
         self.networks: dict[str, nn.Module] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
 
@@ -72,7 +73,7 @@ class ModelBase:
                     train.ssl_mode,
                 )
             except ValueError as error:
-                raise UserError(f"train.ssl_mode: {error}") from error
+                raise UserError(f"train.ssl_mode: {error}; use auto") from error
 
     # ------------------------------------------------------------------------------------------------------ building
 
@@ -113,13 +114,13 @@ class ModelBase:
         """Write all files of a checkpoint, each of them atomically.
 
         Raises:
-            UserError: a weight is NaN or infinite; nothing is written then.
+            UserError: weights are NaN, infinite or so large that the output is; nothing is written then.
         """
-        for name, network in self.networks.items():
-            if not all(bool(p.isfinite().all()) for p in network.parameters()):
+        for name in self.networks:
+            if not self._is_sound(name):
                 side = "D" if name == "D" else "G"
                 raise UserError(
-                    f"step {step}: net{name} has weights that are not finite, they are not saved; lower "
+                    f"step {step}: weights or output of net{name} are not finite, this step is not saved; lower "
                     f"train.{side}_optimizer_lr, then start again to go on from the last checkpoint"
                 )
         for name, path in self.files(folder, step).items():
@@ -127,6 +128,17 @@ class ModelBase:
                 save_network(self.networks[name], path)
             else:
                 save_atomically(self.optimizers[name.removeprefix("optimizer")].state_dict(), path)
+
+    def _is_sound(self, name: str) -> bool:
+        """Whether all weights are finite and, of a generator, what it makes of a grey square."""
+        network = unwrap(self.networks[name])
+        sound = all(bool(p.isfinite().all()) for p in network.parameters())
+        if sound and name != "D":
+            was_training = network.training
+            grey = torch.full((1, self.opt.n_channels, 16, 16), 0.5, device=self.device)
+            sound = bool(restore(network.eval(), grey, self.opt.scale).isfinite().all())
+            network.train(was_training)
+        return sound
 
     def load(self, folder: Path, step: int) -> None:
         """Go on from a checkpoint of :meth:`save`."""
@@ -167,11 +179,7 @@ class ModelBase:
         if self.perceptual is not None:
             terms["F_loss"] = train.F_lossfn_weight * self.perceptual(E, self.H)
         if self.ssl is not None:
-            l1, kl = self.ssl.terms(E, self.H, self.mask)
-            if train.ssl_l1_weight > 0:
-                terms["ssl_l1"] = l1
-            if train.ssl_kl_weight > 0:
-                terms["ssl_kl"] = kl
+            terms["ssl"], self.shown["ssl_l1"], self.shown["ssl_kl"] = self.ssl.parts(E, self.H, self.mask)
         return terms
 
     def descend(self, name: str, terms: dict[str, Tensor], current_step: int) -> None:
@@ -186,7 +194,8 @@ class ModelBase:
         clip = self.opt.train[f"{name}_optimizer_clipgrad"] or math.inf
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
         # One host synchronisation a step buys that no broken update is ever applied, let alone saved.
-        named = {**terms, f"{name}_grad": norm}
+        named = {**terms, **self.shown, f"{name}_grad": norm}
+        self.shown = {}
         values = torch.stack([v.detach().float() for v in named.values()]).tolist()
         self.log.update(zip(named, values, strict=True))
         for term, value in zip(named, values, strict=True):

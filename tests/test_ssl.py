@@ -11,7 +11,9 @@ from tests.conftest import GOLDEN
 from utils import utils_ssl
 from utils.utils_ssl import SelfSimilarityLoss, edge_mask, mask_stride_pattern, self_similarity_graph
 
-MODES = ["pytorch", "boxsum"]
+WHY_NO_CPP = utils_ssl._load_cpp()
+CPP = pytest.param("cpp", marks=pytest.mark.skipif(WHY_NO_CPP is not None, reason=f"no C++ kernels: {WHY_NO_CPP}"))
+MODES = ["pytorch", "boxsum", CPP]
 CASES = sorted(path.stem for path in (GOLDEN / "ssl").glob("s*.json"))
 
 
@@ -53,7 +55,7 @@ def test_graph_of_the_generated_image_has_the_published_numbers(mode):
 def test_loss_and_gradient_of_the_generated_pair_are_the_published_ones(mode):
     gt, sr, mask = published_pair()
     sr.requires_grad_()
-    l1, kl = SelfSimilarityLoss(1, 1, ssl_mode=mode).terms(sr, gt, mask)
+    _, l1, kl = SelfSimilarityLoss(1, 1, ssl_mode=mode).parts(sr, gt, mask)
     # Printed with thirteen digits, computed in float64.
     assert l1.item() == pytest.approx(1.019350012864e-04, rel=1e-11)
     assert kl.item() == pytest.approx(6.786220051409e-06, rel=1e-11)
@@ -79,13 +81,13 @@ def test_every_golden_case_gives_its_values_and_gradients(golden, case, mode, dt
     if mode == "pytorch" and sizes == (25, 9) and info["masked_pixels"] > 100:
         pytest.skip("the specification would hold more than 100 MB of windows per image")
     sr.requires_grad_()
-    l1, kl = SelfSimilarityLoss(1, 1, *settings, ssl_mode=mode).terms(sr, gt, mask)
-    (l1 + kl).backward()
+    loss, l1, kl = SelfSimilarityLoss(1, 1, *settings, ssl_mode=mode).parts(sr, gt, mask)
+    loss.backward()
     if dtype == torch.float64:  # agreement to rounding
         rtol = dict(l1=1e-12, kl=1e-9, graph=1e-11, gradient=1e-10)
     else:  # float32; at sigma 1 the graph is flat, and KL is a difference of numbers near 1
         flat = info["sigma"] == 1
-        rtol = dict(l1=2e-4 if flat else 2e-5, kl=0.1 if flat else 1e-5, graph=2e-5, gradient=2e-3 if flat else 1e-4)
+        rtol = dict(l1=2e-4 if flat else 2e-5, kl=0.1 if flat else 1e-5, graph=2e-5, gradient=2e-3 if flat else 2e-4)
     assert l1.item() == pytest.approx(float(data["loss_l1"]), rel=rtol["l1"])
     assert kl.item() == pytest.approx(float(data["loss_kl"]), rel=rtol["kl"])
     for image, name in ((sr.detach(), "sr"), (gt, "gt")):
@@ -101,7 +103,8 @@ def test_every_golden_case_gives_its_values_and_gradients(golden, case, mode, dt
 
 @pytest.mark.parametrize("case", ["batch_recipe", "batch_small_window"])
 @pytest.mark.parametrize("strided", [False, True])
-def test_batches_average_over_the_pixels_of_all_images(golden, case, strided):
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_batches_average_over_the_pixels_of_all_images(golden, case, strided, mode):
     info = json.loads((golden / "ssl" / f"{case}.json").read_text())
     data = np.load(golden / "ssl" / f"{case}.npz")
     gt, sr = (torch.tensor(data[name]).double() for name in ("gt", "sr"))
@@ -114,10 +117,11 @@ def test_batches_average_over_the_pixels_of_all_images(golden, case, strided):
         info["sigma"],
         info["generalization"],
         mask_stride=info["mask_stride_for_strided_variant"] if strided else 0,
+        ssl_mode=mode,
     )
     sr.requires_grad_()
-    l1, kl = loss.terms(sr, gt, mask)
-    (l1 + kl).backward()
+    total, l1, kl = loss.parts(sr, gt, mask)
+    total.backward()
     suffix = "_strided" if strided else ""
     assert l1.item() == pytest.approx(info[f"l_selfsim{suffix}"], rel=1e-11)  # float64 to rounding
     assert kl.item() == pytest.approx(info[f"l_selfsim_kl{suffix}"], rel=1e-10)
@@ -127,31 +131,54 @@ def test_batches_average_over_the_pixels_of_all_images(golden, case, strided):
 
 @pytest.mark.parametrize(
     ("height", "width", "search", "window", "channels"),
-    [(20, 24, 11, 5, 3), (9, 7, 9, 9, 1), (13, 14, 25, 9, 3), (30, 20, 7, 1, 2), (8, 9, 1, 1, 3), (16, 40, 25, 25, 1)],
+    [
+        (20, 24, 11, 5, 3),
+        (9, 7, 9, 9, 1),
+        (13, 14, 25, 9, 3),
+        (30, 20, 7, 1, 2),
+        (8, 9, 1, 1, 3),
+        (16, 40, 25, 25, 1),
+        (70, 35, 13, 11, 3),  # several tiles of the C++ form, a window of more than nine
+    ],
 )
-def test_boxsum_equals_the_specification_for_any_sizes(height, width, search, window, channels):
+@pytest.mark.parametrize("border", ["zero", "image"])
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_every_form_equals_the_specification_for_any_sizes(height, width, search, window, channels, border, mode):
+    margin = search // 2 + (window // 2 if border == "image" else 0)
+    if min(height, width) <= margin:
+        height, width = height + margin, width + margin
     rng = torch.Generator().manual_seed(height)
     image = torch.rand(3, channels, height, width, dtype=torch.float64, generator=rng)
-    mask = (torch.rand(3, 1, height, width, generator=rng) < 0.2).double()
+    target = image + 0.1 * torch.randn(image.shape, dtype=torch.float64, generator=rng)
+    mask = (torch.rand(3, 1, height, width, generator=rng) < 20 / (height * width)).double()
     mask[1] = 0  # an image without edges between two with
     mask[0, 0, 0, 0] = mask[2, 0, -1, -1] = 1
-    results = []
-    for mode in MODES:
+    graphs, losses = [], []
+    for form in ("pytorch", mode):
         img = image.clone().requires_grad_()
-        graph = self_similarity_graph(img, mask, search, window, 0.1, ssl_mode=mode)
+        graph = self_similarity_graph(img, mask, search, window, 0.1, ssl_mode=form, search_border=border)
         upstream = torch.rand(graph.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
-        (gradient,) = torch.autograd.grad((graph * upstream).sum(), img)
-        results.append((graph.detach(), gradient))
-    # Float64 sums in another order.
-    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-12, atol=1e-15)
-    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-10, atol=1e-14)
+        graphs.append((graph.detach(), torch.autograd.grad((graph * upstream).sum(), img)[0]))
+        for generalization in (True, False):
+            settings = (search, window, 0.1, generalization)
+            loss = SelfSimilarityLoss(300, 700, *settings, ssl_mode=form, search_border=border)
+            parts = loss.parts(img, target, mask)
+            gradient = torch.autograd.grad(2.5 * parts[0], img)[0]
+            losses.append([torch.stack([p.detach() for p in parts]), gradient])
+    # Float64 sums in another order; gradients of nearly uniform graphs are small differences.
+    torch.testing.assert_close(graphs[0][0], graphs[1][0], rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(graphs[0][1], graphs[1][1], rtol=1e-9, atol=1e-13)
+    for published, ours in zip(losses[:2], losses[2:], strict=True):
+        torch.testing.assert_close(published[0], ours[0], rtol=1e-9, atol=1e-13)
+        torch.testing.assert_close(published[1], ours[1], rtol=1e-7, atol=1e-12)
 
 
-def test_gradient_of_boxsum_passes_gradcheck():
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_gradient_passes_gradcheck(mode):
     image = torch.rand(2, 2, 6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     mask = torch.zeros(2, 1, 6, 7)
     mask[0, 0, 0, 0] = mask[0, 0, 3, 4] = mask[1, 0, 5, 6] = 1
-    assert torch.autograd.gradcheck(lambda x: self_similarity_graph(x, mask, 5, 3, 0.3, ssl_mode="boxsum"), image)
+    assert torch.autograd.gradcheck(lambda x: self_similarity_graph(x, mask, 5, 3, 0.3, ssl_mode=mode), image)
 
 
 def test_many_large_images_are_split_without_changing_the_graph():
@@ -254,7 +281,7 @@ def test_mask_is_made_from_the_ground_truth_when_none_is_given():
         (dict(search=24), "must be odd"),
         (dict(search=7), "not larger than the search area"),
         (dict(img=torch.zeros(1, 3, 20, 40, dtype=torch.uint8)), "floating point"),
-        (dict(mode="cuda"), "cannot be had here"),
+        (dict(mode="cuda"), "cannot be had in this version"),
     ],
 )
 def test_wrong_arguments_are_named_with_their_values(change, words):
@@ -264,16 +291,33 @@ def test_wrong_arguments_are_named_with_their_values(change, words):
         self_similarity_graph(img, mask, change.get("search", 25), 9, ssl_mode=change.get("mode", "auto"))
 
 
-def test_auto_says_once_what_it_took(caplog):
+def test_auto_says_once_what_it_took_and_why(caplog, monkeypatch):
     utils_ssl._said.clear()
+    monkeypatch.setattr(utils_ssl, "_load_cpp", lambda: "ninja is missing")
     with caplog.at_level(logging.INFO):
-        SelfSimilarityLoss(1, 1)
-        SelfSimilarityLoss(1, 1)
-    assert [r.message for r in caplog.records if "ssl_mode auto takes" in r.message].__len__() == 1
+        for _ in range(2):
+            self_similarity_graph(torch.rand(1, 3, 16, 16), torch.ones(1, 1, 16, 16), 5, 3)
+    said = [r.message for r in caplog.records if "ssl_mode auto" in r.message]
+    assert said == ["self-similarity on cpu: ssl_mode auto takes boxsum (not cpp: ninja is missing)"]
+    utils_ssl._said.clear()
+
+
+def test_explicit_cpp_that_cannot_be_had_says_why(monkeypatch):
+    monkeypatch.setattr(utils_ssl, "_load_cpp", lambda: "ninja is missing")
+    with pytest.raises(ValueError, match="'cpp' cannot be had here: ninja is missing"):
+        SelfSimilarityLoss(1, 1, ssl_mode="cpp")
+
+
+def test_nan_in_the_output_gives_a_nan_loss_in_every_form():
+    gt, sr, mask = published_pair()
+    sr[0, 0, 12, 12] = float("nan")
+    for mode in ["pytorch", "boxsum"] + ([] if WHY_NO_CPP else ["cpp"]):
+        assert SelfSimilarityLoss(1, 1, ssl_mode=mode)(sr, gt, mask).isnan()
+        assert SelfSimilarityLoss(1, 1, ssl_mode=mode)(sr.float(), gt.float(), mask).isnan()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["pytorch", "boxsum"])
 def test_gpu_gives_the_values_and_gradients_of_the_cpu(mode):
     gt, sr, mask = published_pair()
     results = []

@@ -3,7 +3,7 @@
 import logging
 import os
 import signal
-from collections.abc import Iterator, Sized
+from collections.abc import Generator, Iterator, Sized
 from typing import Any
 
 import cv2
@@ -89,12 +89,20 @@ def training_loader(dataset: Dataset, sampler: EndlessBatchSampler, num_workers:
     )
 
 
-def batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
-    """The loader's batches; a user's mistake found in a worker is one line here, without the worker's traceback."""
+def batches(loader: DataLoader) -> Generator[dict[str, Any], None, None]:
+    """The loader's batches; a user's mistake found in a worker is one line here, without the worker's traceback.
+
+    Close the generator (``contextlib.closing``) to send the workers home.
+    """
+    iterator = iter(loader)
     try:
-        yield from loader
+        yield from iterator
     except UserError as error:
         raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from error
+    finally:
+        # Now and not when the garbage is collected: workers are deaf to the SIGTERM that would end them at exit.
+        if hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
 
 
 def one_by_one(dataset: Dataset, rank: int, world_size: int) -> DataLoader:

@@ -1,6 +1,7 @@
 """Where a run's words and numbers go: the terminal (beside a progress bar), a file, TensorBoard."""
 
 import logging
+import logging.handlers
 import sys
 import time
 from collections import defaultdict
@@ -35,17 +36,24 @@ def setup(log_file: Path | None = None, quiet: bool = False) -> None:
         terminal = _TerminalHandler()
         terminal.setFormatter(logging.Formatter("%(message)s"))
         root.addHandler(terminal)
+    if not quiet and log_file is None and not any(isinstance(h, logging.handlers.MemoryHandler) for h in root.handlers):
+        # What is said before a run has its folder (what was resumed, loaded, ignored) belongs into its file too.
+        root.addHandler(logging.handlers.MemoryHandler(10000, flushLevel=logging.CRITICAL, flushOnClose=False))
     if log_file is not None:
+        early = [h for h in root.handlers if isinstance(h, logging.handlers.MemoryHandler)]
+        records = [record for handler in early for record in handler.buffer]
         close_file()
         file = _RunFileHandler(log_file, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         root.addHandler(file)
+        for record in records:
+            file.handle(record)
 
 
 def close_file() -> None:
     """Stop writing to the file of :func:`setup`: what comes next belongs to another run."""
     root = logging.getLogger()
-    for handler in [h for h in root.handlers if isinstance(h, _RunFileHandler)]:
+    for handler in [h for h in root.handlers if isinstance(h, (_RunFileHandler, logging.handlers.MemoryHandler))]:
         root.removeHandler(handler)
         handler.close()
 

@@ -24,10 +24,16 @@ def _integral(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _no_bool(value: Any) -> Any:
+    """To Python ``true`` equals 1 and so would be a choice of 1 or 3."""
+    return json.dumps(value) if isinstance(value, bool) else value
+
+
+Channels = Annotated[Literal[1, 3], BeforeValidator(_no_bool)]
 Count = Annotated[int, BeforeValidator(_integral), Field(ge=0)]
 Positive = Annotated[int, BeforeValidator(_integral), Field(ge=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 ActMode = Literal["R", "L", "BR", "BL", "IR", "IL"]
 InitType = Literal[
     "default",
@@ -232,6 +238,9 @@ class TrainOptions(Section):
     ssl_mode: Literal["auto", "pytorch", "boxsum", "cpp", "cuda"] = Field(
         "auto", description="auto = the fastest that works here; pytorch = the readable specification (slow)"
     )
+    search_border: Literal["zero", "image"] = Field(
+        "zero", description="what a window that leaves the search area compares with: zero as published, or the image"
+    )
     kernel_size_search: Positive = Field(25, description="side of the search area, odd")
     kernel_size_window: Positive = Field(9, description="side of the compared windows, odd")
     sigma: Rate = Field(0.004, description="scaling factor h of the paper")
@@ -284,12 +293,14 @@ class Options(Section):
     """All options of a run, resolved and checked."""
 
     task: str = Field(
-        description="the run's name; its folder is root/task", pattern=r"^[^/\\\s.\x00-\x1f][^/\\\x00-\x1f]*$"
+        description="the run's name; its folder is root/task",
+        pattern=r"^[^/\\\s.\x00-\x1f][^/\\\x00-\x1f]*$",
+        max_length=200,
     )
     model: Literal["plain", "gan"] = Field("plain", description="plain = pixel losses, gan = adversarial")
     gpu_ids: list[Count] | None = Field(None, description="GPUs by number, one process each (torchrun); null = all")
     scale: Annotated[int, Field(ge=1, le=8)] = Field(4, description="upscaling factor, for networks and data alike")
-    n_channels: Literal[1, 3] = Field(3, description="1 = gray, 3 = RGB, for networks and data alike")
+    n_channels: Channels = Field(3, description="1 = gray, 3 = RGB, for networks and data alike")
     path: PathOptions = Field(PathOptions(), description="where the run lives and what it starts from")
     datasets: dict[str, DatasetOptions] = Field({}, description='"train" and any number of "test..." or "val..." sets')
     netG: NetG = Field(description="the generator")
@@ -319,7 +330,7 @@ class NetworkOptions(Section):
     """The part of the options that ``define_G`` and ``define_D`` read."""
 
     scale: Annotated[int, Field(ge=1, le=8)] = 4
-    n_channels: Literal[1, 3] = 3
+    n_channels: Channels = 3
     is_train: bool = False
     netG: NetG | None = None
     netD: NetD | None = None
@@ -334,7 +345,7 @@ _UNUSED_PATH = {"task", "log", "models", "images", "options", "pretrained_optimi
 _UNUSED_DATASET = {"sigma", "sigma_test", "sigma_min", "sigma_max", "num_patches_per_image", "num_sampled"}
 _UNUSED_DATASET |= {"quality_factor", "quality_factor_test", "is_color", "n_channels_datasetload"}
 _UNUSED_TRAIN = {f"{net}_regularizer_{kind}step" for net in "GD" for kind in ("orth", "clip")}
-_UNUSED_TRAIN |= {f"{net}_optimizer_reuse" for net in "GD"} | {"SSL_loss_type", "SSL1_loss_type"}
+_UNUSED_TRAIN |= {f"{net}_optimizer_reuse" for net in "GD"}
 _UNUSED_NETWORK = {"ng", "reduction", "bias", "r", "n_layers", "norm_type", "nf", "nc", "nb", "gc", "act_mode"}
 _UNUSED_NETWORK |= {"upsample_mode", "downsample_mode", "upscale", "act_type", "use_checkpoint", "scale", "n_channels"}
 
@@ -364,7 +375,10 @@ def _translate(raw: dict[str, Any], source: str) -> list[str]:
                 data["degradation_type"] = "bsrgan_light"
     if isinstance(train, dict):
         renamed = dict(_RENAMED_TRAIN)
-        if "kl" in str(train.get("SSL_loss_type", "")).lower():
+        # SSL_loss_type says which of the two terms SSL_loss_weight belongs to; both are always there.
+        first = train.pop("SSL_loss_type", None)
+        train.pop("SSL1_loss_type", None)
+        if "kl" in str(first).lower():
             renamed = dict(zip(renamed, reversed(renamed.values()), strict=True))
         for theirs, ours in renamed.items():
             if theirs in train:
@@ -616,11 +630,9 @@ def _problems(opt: Options) -> Iterator[str]:
         )
     size = patch_size(data)
     with_ssl = train.ssl_l1_weight > 0 or train.ssl_kl_weight > 0
-    if with_ssl and size <= train.kernel_size_search // 2:
-        yield (
-            f"train.kernel_size_search: {train.kernel_size_search} needs patches larger than "
-            f"{train.kernel_size_search // 2} pixels, not {size}"
-        )
+    margin = train.kernel_size_search // 2 + (train.kernel_size_window // 2 if train.search_border == "image" else 0)
+    if with_ssl and size <= margin:
+        yield f"train.kernel_size_search: {train.kernel_size_search} needs patches larger than {margin} px, not {size}"
     for side in "GD":
         betas = getattr(train, f"{side}_optimizer_betas")
         if not all(0 <= b < 1 and math.isfinite(b) for b in betas):

@@ -1,5 +1,6 @@
 """The self-similarity loss (SSL) of Chen, Zhang, Liang and Zhang, "SSL: A Self-similarity Loss for Improving Generative
-Image Super-resolution", ACM MM 2024 (arXiv 2408.05713). It needs PyTorch only and can be copied into any trainer.
+Image Super-resolution", ACM MM 2024 (arXiv 2408.05713). It needs PyTorch only and can be copied into any trainer,
+alone or, for its fast form, with the folder ``similarity_cuda``.
 
 Notation: k = ``kernel_size_search`` (side of the search area, 25), w = ``kernel_size_window`` (side of the compared
 windows, 9), r = k // 2, f = w // 2, M = number of masked pixels of the whole batch. For a masked pixel p and an offset
@@ -10,15 +11,20 @@ d = (dy, dx), -r <= dy, dx <= r:
              I(p + u)^2                        where it does not: the published code compares with zero there,
     s_p(d) = exp(-D_p(d) / sigma),     S_p(d) = s_p(d) / (sum over d of s_p + 1e-10)     (the self-similarity graph).
 
-The image is extended by reflection. The loss compares the graphs of the output (SR) and of the ground truth (GT) at the
-same pixels: ``l1_weight * mean |S_SR - S_GT| + kl_weight * mean S_GT (ln S_GT - ln S_SR)``, means over all M k^2
-entries, both graphs clamped from below at 1e-10 in the second term.
+The image is extended by reflection. ``search_border="zero"`` is the published rule above; it depends on brightness and
+mutes the outer ring of the search area. ``"image"`` compares with the image itself everywhere. The loss compares the
+graphs of the output (SR) and of the ground truth (GT) at the same pixels: ``l1_weight * mean |S_SR - S_GT| + kl_weight
+* mean S_GT (ln S_GT - ln S_SR)``, means over all M k^2 entries, both graphs clamped from below at 1e-10 in the second.
 
-Two forms compute the distances:
+Three forms (``ssl_mode``) compute it:
 
 * ``pytorch``, the readable specification, holds M x C w^2 x k^2 numbers (6 GB for one 128 x 128 crop);
-* ``boxsum``, for training: for one offset d the sum over the window is a box sum of the squared difference between the
-  image and its shift, so all pixels share it. It works on one row of offsets at a time, forward and backward.
+* ``boxsum``: for one offset d the sum over the window is a box sum of the squared difference between the image and its
+  shift, so all pixels share it. In PyTorch, one row of offsets at a time, forward and backward, on any device;
+* ``cpp``: the same in C++ on the CPU (``similarity_cuda/cpu.cpp``, built on first use), where the loss and its gradient
+  are computed in one pass and no graph is ever stored.
+
+``auto`` takes ``cpp`` for CPU tensors where it can be built, else ``boxsum``, and says once which and why.
 """
 
 import logging
@@ -29,7 +35,7 @@ from torch import Tensor, nn
 
 _EPS = 1e-10  # of the normalisation and of the clamp in the KL term
 _logger = logging.getLogger(__name__)
-_said: set[str] = set()
+_said: set[tuple[str, str]] = set()
 
 
 # ------------------------------------------------------------------------------------------------------------- masks
@@ -76,14 +82,17 @@ def mask_stride_pattern(height: int, width: int, stride: int) -> Tensor:
 # --------------------------------------------------------------------------------------- distances: the specification
 
 
-def _distances_specification(img: Tensor, pixels: tuple[Tensor, ...], k: int, w: int) -> Tensor:
+def _distances_specification(img: Tensor, pixels: tuple[Tensor, ...], k: int, w: int, zero: bool) -> Tensor:
     """D of the module docstring, word for word: (M, k, k). ``pixels`` = (image, row, column) of each masked pixel."""
     r, f = k // 2, w // 2
     image, row, column = pixels
-    padded = F.pad(img, (r, r, r, r), mode="reflect")  # (N, C, H + 2r, W + 2r)
-    areas = padded.unfold(2, k, 1).unfold(3, k, 1)[image, :, row, column]  # (M, C, k, k), each centred at its pixel
-    # Windows are cut from the search area, not from the image: what lies outside of it is zero.
-    windows = F.pad(areas, (f, f, f, f)).unfold(2, w, 1).unfold(3, w, 1)  # (M, C, k, k, w, w)
+    margin = r if zero else r + f
+    side = 2 * margin + 1
+    padded = F.pad(img, (margin,) * 4, mode="reflect")
+    areas = padded.unfold(2, side, 1).unfold(3, side, 1)[image, :, row, column]  # (M, C, side, side), centred at pixels
+    if zero:  # windows are cut from the search area, not from the image: what lies outside of it is zero
+        areas = F.pad(areas, (f, f, f, f))
+    windows = areas.unfold(2, w, 1).unfold(3, w, 1)  # (M, C, k, k, w, w)
     centre = windows[:, :, r : r + 1, r : r + 1]  # (M, C, 1, 1, w, w), complete because w <= k
     return (windows - centre).square().mean((1, 4, 5))
 
@@ -114,8 +123,13 @@ def _sums(x: Tensor, n: int, dim: int) -> Tensor:
         width *= 2
 
 
-def _inside(offset: int, r: int, f: int) -> tuple[int, int]:
-    """First and last + 1 window index (0 .. 2f) whose position lies in the search area, |offset + index - f| <= r."""
+def _inside(offset: int, r: int, f: int, zero: bool) -> tuple[int, int]:
+    """First and last + 1 window index (0 .. 2f) whose position lies in the search area, |offset + index - f| <= r.
+
+    With ``search_border="image"`` (not zero) every position counts as inside.
+    """
+    if not zero:
+        return 0, 2 * f + 1
     return max(-f, -r - offset) + f, min(f, r - offset) + f + 1
 
 
@@ -128,10 +142,10 @@ class _BoxSumDistances(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, img: Tensor, image: Tensor, row: Tensor, column: Tensor, k: int, w: int) -> Tensor:
-        r, f = k // 2, w // 2
+    def forward(ctx, img: Tensor, image: Tensor, row: Tensor, column: Tensor, k: int, w: int, zero: bool) -> Tensor:
+        r, f, cut = k // 2, w // 2, w // 2 if zero else 0  # so many offsets on each side have incomplete windows
         (_, C, H, W), He, We = img.shape, img.shape[2] + 2 * f, img.shape[3] + 2 * f
-        candidates = F.pad(F.pad(img, (r, r, r, r), mode="reflect"), (f, f, f, f))
+        candidates = _extend(img, r, f, zero)
         template = candidates[:, :, r : r + He, r : r + We]
         energy = template.square().sum(1)  # (N, He, We)
         distances = img.new_empty(len(row), k, k)
@@ -141,13 +155,13 @@ class _BoxSumDistances(torch.autograd.Function):
             for c in range(1, C):
                 difference = shifted[:, c] - template[:, c, :, None]
                 squares.addcmul_(difference, difference)
-            top, bottom = _inside(dy, r, f)
+            top, bottom = _inside(dy, r, f, zero)
             within = _sums(squares[:, top : bottom + H - 1], bottom - top, 1)  # (N, H, k, We), rows summed
             field = img.new_empty(len(img), H, k, W)
-            field[:, :, f : k - f] = _sums(within[:, :, f : k - f], w, 3)  # complete windows
+            field[:, :, cut : k - cut] = _sums(within[:, :, cut : k - cut], w, 3)  # complete windows
             energy_within = _sums(energy[:, top : bottom + H - 1], bottom - top, 1)  # (N, H, We)
-            for j in [*range(f), *range(k - f, k)]:  # windows that leave the search area at the left or right
-                left, right = _inside(j - r, r, f)
+            for j in [*range(cut), *range(k - cut, k)]:  # windows that leave the search area at the left or right
+                left, right = _inside(j - r, r, f, zero)
                 field[:, :, j] = _sums(within[:, :, j, left : right + W - 1], right - left, 2)
                 out_left, out_right = (0, left) if left else (right, w)
                 field[:, :, j] += _sums(energy_within[:, :, out_left : out_right + W - 1], out_right - out_left, 2)
@@ -157,18 +171,18 @@ class _BoxSumDistances(torch.autograd.Function):
                 field += _sums(energy_out, w, 2)[:, :, None]
             distances[:, i] = field[image, row, :, column]
         ctx.save_for_backward(img, image, row, column)
-        ctx.sizes = k, w
+        ctx.sizes = k, w, zero
         return distances.div_(C * w * w)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         """The same box sums, applied to the incoming gradient: each term 2 g (template - candidate) at both ends."""
         img, image, row, column = ctx.saved_tensors
-        k, w = ctx.sizes
-        r, f = k // 2, w // 2
+        k, w, zero = ctx.sizes
+        r, f, cut = k // 2, w // 2, w // 2 if zero else 0
         (N, C, H, W), He, We = img.shape, img.shape[2] + 2 * f, img.shape[3] + 2 * f
         grad = grad * (2 / (C * w * w))
-        candidates = F.pad(F.pad(img, (r, r, r, r), mode="reflect"), (f, f, f, f))
+        candidates = _extend(img, r, f, zero)
         template = candidates[:, :, r : r + He, r : r + We]
         grad_candidates = torch.zeros_like(candidates)
         grad_template = torch.zeros_like(template)
@@ -177,14 +191,14 @@ class _BoxSumDistances(torch.autograd.Function):
         field = img.new_zeros(N, H, k, W)
         for i, dy in enumerate(range(-r, r + 1)):
             field[image, row, :, column] = grad[:, i]
-            top, bottom = _inside(dy, r, f)
+            top, bottom = _inside(dy, r, f, zero)
             # Spread each gradient over its window: the adjoint of the sums above is sums over a zero-padded field.
             spread = img.new_zeros(N, He, k, We)
             rows = img.new_zeros(N, H, k, We)
-            rows[:, :, f : k - f] = _sums(F.pad(field[:, :, f : k - f], (w - 1, w - 1)), w, 3)
+            rows[:, :, cut : k - cut] = _sums(F.pad(field[:, :, cut : k - cut], (w - 1, w - 1)), w, 3)
             outside = img.new_zeros(N, H, We)
-            for j in [*range(f), *range(k - f, k)]:
-                left, right = _inside(j - r, r, f)
+            for j in [*range(cut), *range(k - cut, k)]:
+                left, right = _inside(j - r, r, f, zero)
                 n = right - left
                 rows[:, :, j, left : left + W + n - 1] = _sums(F.pad(field[:, :, j], (n - 1, n - 1)), n, 2)
                 out_left, n = (0, left) if left else (right, w - right)
@@ -208,7 +222,16 @@ class _BoxSumDistances(torch.autograd.Function):
         grad_candidates.addcmul_(candidates, weight_candidates[:, None])
         grad_template.addcmul_(template, weight_template[:, None])
         grad_candidates[:, :, r : r + He, r : r + We] += grad_template
-        return _unpad_reflect(grad_candidates[:, :, f : -f or None, f : -f or None], r), None, None, None, None, None
+        if zero and f:
+            grad_candidates = grad_candidates[:, :, f:-f, f:-f]
+        return _unpad_reflect(grad_candidates, r if zero else r + f), None, None, None, None, None, None
+
+
+def _extend(img: Tensor, r: int, f: int, zero: bool) -> Tensor:
+    """The image extended by r + f; where windows end at the search area, the outer f are never read inside of one."""
+    if zero:
+        return F.pad(F.pad(img, (r, r, r, r), mode="reflect"), (f, f, f, f))
+    return F.pad(img, (r + f,) * 4, mode="reflect")
 
 
 def _unpad_reflect(grad: Tensor, r: int) -> Tensor:
@@ -223,7 +246,7 @@ def _unpad_reflect(grad: Tensor, r: int) -> Tensor:
     return grad
 
 
-def _distances_boxsum(img: Tensor, pixels: tuple[Tensor, ...], k: int, w: int) -> Tensor:
+def _distances_boxsum(img: Tensor, pixels: tuple[Tensor, ...], k: int, w: int, zero: bool) -> Tensor:
     """D of the module docstring for all masked pixels, a few images at a time to bound the memory; -> (M, k, k)."""
     image, row, column = pixels
     per_image = k * (img.shape[2] + w) * (img.shape[3] + w)
@@ -235,29 +258,60 @@ def _distances_boxsum(img: Tensor, pixels: tuple[Tensor, ...], k: int, w: int) -
         if n:
             of = slice(first, first + n)
             part = img[start : start + step]
-            pieces.append(_BoxSumDistances.apply(part, image[of] - start, row[of], column[of], k, w))
+            pieces.append(_BoxSumDistances.apply(part, image[of] - start, row[of], column[of], k, w, zero))
             first += n
     return torch.cat(pieces) if pieces else img.sum((1, 2, 3))[:0, None, None].expand(0, k, k)
 
 
 # ------------------------------------------------------------------------------------------------- graph and the loss
 
-_DISTANCES = {"pytorch": _distances_specification, "boxsum": _distances_boxsum}
+
+def _distances_cpp(img: Tensor, pixels: tuple[Tensor, ...], k: int, w: int, zero: bool) -> Tensor:
+    return torch.ops.similarity.distances(img, *pixels, k, w, zero)
 
 
-def _choose(ssl_mode: str) -> str:
-    """Resolve ``auto`` to the fastest form that works here, and say so once."""
+_DISTANCES = {"pytorch": _distances_specification, "boxsum": _distances_boxsum, "cpp": _distances_cpp}
+
+
+def _load_cpp() -> str | None:
+    """Load the C++ kernels; -> None, or why they cannot be had."""
+    try:
+        import similarity_cuda
+
+        similarity_cuda.load("cpp")
+    except (ImportError, RuntimeError) as error:
+        return str(error)
+    return None
+
+
+def _choose(ssl_mode: str, device: torch.device) -> str:
+    """Resolve ``auto`` to the fastest form that works on the device, and say so once.
+
+    Raises:
+        ValueError: a mode that is unknown or cannot be had here, with the reason.
+    """
     if ssl_mode == "auto":
-        ssl_mode = "boxsum"
-        if ssl_mode not in _said:
-            _said.add(ssl_mode)
-            _logger.info("self-similarity: ssl_mode auto takes boxsum (PyTorch); this version has no compiled op")
+        if device.type == "cpu":
+            why = _load_cpp()
+            chosen, note = ("boxsum", f"not cpp: {why}") if why else ("cpp", "C++ on the CPU")
+        else:
+            chosen, note = "boxsum", f"this version has no compiled op for {device.type}"
+        if (chosen, device.type) not in _said:
+            _said.add((chosen, device.type))
+            _logger.info("self-similarity on %s: ssl_mode auto takes %s (%s)", device.type, chosen, note)
+        return chosen
     if ssl_mode not in _DISTANCES:
-        raise ValueError(f"ssl_mode {ssl_mode!r} cannot be had here; valid are auto, {', '.join(_DISTANCES)}")
+        raise ValueError(
+            f"ssl_mode {ssl_mode!r} cannot be had in this version; valid are auto, {', '.join(_DISTANCES)}"
+        )
+    if ssl_mode == "cpp":
+        why = _load_cpp() if device.type == "cpu" else f"it works on the CPU, the images are on {device.type}"
+        if why:
+            raise ValueError(f"ssl_mode 'cpp' cannot be had here: {why}")
     return ssl_mode
 
 
-def _masked_pixels(img: Tensor, mask: Tensor, k: int, w: int) -> tuple[Tensor, ...]:
+def _masked_pixels(img: Tensor, mask: Tensor, k: int, w: int, search_border: str) -> tuple[Tensor, ...]:
     """Check the arguments; -> (image, row, column) of every mask entry equal to 1, batch order, then raster order."""
     if img.dim() != 4 or not img.is_floating_point():
         raise ValueError(f"images must be (N, C, H, W) floating point, not {tuple(img.shape)} {img.dtype}")
@@ -267,10 +321,13 @@ def _masked_pixels(img: Tensor, mask: Tensor, k: int, w: int) -> tuple[Tensor, .
         raise ValueError(f"mask is on {mask.device}, images are on {img.device}")
     if k < 1 or w < 1 or k % 2 == 0 or w % 2 == 0 or w > k:
         raise ValueError(f"search area {k} and window {w} must be odd, the window not larger than the search area")
-    if len(img) and min(img.shape[2:]) <= k // 2:
+    if search_border not in ("zero", "image"):
+        raise ValueError(f"search_border is 'zero' or 'image', not {search_border!r}")
+    margin = k // 2 if search_border == "zero" else k // 2 + w // 2
+    if len(img) and min(img.shape[2:]) <= margin:
         raise ValueError(
             f"images of {img.shape[2]} x {img.shape[3]} pixels are too small for kernel_size_search {k}: "
-            f"both sides must be at least {k // 2 + 1}"
+            f"both sides must be at least {margin + 1}"
         )
     pixels = (mask[:, 0] == 1).nonzero(as_tuple=True)  # the one host synchronisation: M is a tensor size
     if len(pixels[0]) == 0 and bool((mask != 0).any()):
@@ -278,11 +335,15 @@ def _masked_pixels(img: Tensor, mask: Tensor, k: int, w: int) -> tuple[Tensor, .
     return pixels
 
 
+def _computable(img: Tensor) -> Tensor:
+    """float64 stays, everything else becomes float32."""
+    return img if img.dtype == torch.float64 else img.float()
+
+
 def _graph(
-    img: Tensor, pixels: tuple[Tensor, ...], k: int, w: int, sigma: float, generalization: bool, ssl_mode: str
+    img: Tensor, pixels: tuple[Tensor, ...], k: int, w: int, zero: bool, sigma: float, generalization: bool, mode: str
 ) -> Tensor:
-    img = img if img.dtype == torch.float64 else img.float()
-    similarity = torch.exp(_DISTANCES[ssl_mode](img, pixels, k, w).flatten(1) / -sigma)
+    similarity = torch.exp(_DISTANCES[mode](_computable(img), pixels, k, w, zero).flatten(1) / -sigma)
     return similarity / (similarity.sum(1, keepdim=True) + _EPS) if generalization else similarity
 
 
@@ -294,6 +355,7 @@ def self_similarity_graph(
     sigma: float = 0.004,
     generalization: bool = True,
     ssl_mode: str = "auto",
+    search_border: str = "zero",
 ) -> Tensor:
     """The self-similarity graph of the masked pixels (ACM MM 2024, section 3), differentiable with respect to ``img``.
 
@@ -304,7 +366,9 @@ def self_similarity_graph(
         kernel_size_window: side of the compared windows, odd, at most ``kernel_size_search``.
         sigma: scaling factor h.
         generalization: divide each row by its sum (+ 1e-10).
-        ssl_mode: ``"pytorch"`` (the readable specification), ``"boxsum"``, or ``"auto"``.
+        ssl_mode: ``"auto"``, ``"pytorch"``, ``"boxsum"`` or ``"cpp"``, see the top of this file.
+        search_border: ``"zero"`` as published, or ``"image"``: true windows everywhere; then H and W must exceed half
+            of both sizes together.
 
     Returns:
         (M, kernel_size_search ** 2): the masked pixels of all images, batch order, then raster order; columns are the
@@ -314,9 +378,10 @@ def self_similarity_graph(
         ValueError: shapes, devices, sizes or the mode do not fit.
     """
     k, w = kernel_size_search, kernel_size_window
-    pixels = _masked_pixels(img, mask, k, w)
+    pixels = _masked_pixels(img, mask, k, w, search_border)
+    mode = _choose(ssl_mode, img.device)
     with torch.autocast(img.device.type, enabled=False):
-        return _graph(img, pixels, k, w, sigma, generalization, _choose(ssl_mode))
+        return _graph(img, pixels, k, w, search_border == "zero", sigma, generalization, mode)
 
 
 class SelfSimilarityLoss(nn.Module):
@@ -324,7 +389,8 @@ class SelfSimilarityLoss(nn.Module):
 
     Args:
         l1_weight, kl_weight: weights; both terms are means over M k^2 entries (1000 = 1.6 per pixel at k = 25).
-        kernel_size_search, kernel_size_window, sigma, generalization, ssl_mode: see :func:`self_similarity_graph`.
+        kernel_size_search, kernel_size_window, sigma, generalization, ssl_mode, search_border: see
+            :func:`self_similarity_graph`.
         mask_stride: thin the mask to one pixel in this many (:func:`mask_stride_pattern`); 0 or 1 keeps all.
         threshold: of :func:`edge_mask`, for masks made on line.
 
@@ -343,6 +409,7 @@ class SelfSimilarityLoss(nn.Module):
         mask_stride: int = 0,
         threshold: float = 20.0,
         ssl_mode: str = "auto",
+        search_border: str = "zero",
     ) -> None:
         super().__init__()
         self.l1_weight = l1_weight
@@ -353,29 +420,51 @@ class SelfSimilarityLoss(nn.Module):
         self.generalization = generalization
         self.mask_stride = mask_stride
         self.threshold = threshold
-        self.ssl_mode = _choose(ssl_mode)
+        self.ssl_mode = ssl_mode
+        self.search_border = search_border
+        if ssl_mode != "auto":
+            _choose(ssl_mode, torch.device("cpu"))  # a mode that does not exist fails now, not at the first batch
 
-    def terms(self, sr: Tensor, hr: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The weighted L1 and KL terms by themselves, for logs; arguments as in :meth:`forward`."""
+    def parts(self, sr: Tensor, hr: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, and for logs its weighted L1 and KL parts without gradient; arguments as in :meth:`forward`."""
         if sr.shape != hr.shape:
             raise ValueError(f"sr {tuple(sr.shape)} and hr {tuple(hr.shape)} must have one shape")
         hr = hr.detach()
         mask = edge_mask(hr, self.threshold) if mask is None else mask
         if self.mask_stride > 1:
             mask = mask * mask_stride_pattern(mask.shape[2], mask.shape[3], self.mask_stride).to(mask)
-        k, w = self.kernel_size_search, self.kernel_size_window
-        pixels = _masked_pixels(sr, mask, k, w)
+        k, w, zero = self.kernel_size_search, self.kernel_size_window, self.search_border == "zero"
+        pixels = _masked_pixels(sr, mask, k, w, self.search_border)
+        mode = _choose(self.ssl_mode, sr.device)
         with torch.autocast(sr.device.type, enabled=False):
-            settings = (k, w, self.sigma, self.generalization, self.ssl_mode)
+            if mode == "cpp":
+                return self._fused(_computable(sr), _computable(hr), pixels)
+            settings = (k, w, zero, self.sigma, self.generalization, mode)
             with torch.no_grad():
                 target = _graph(hr, pixels, *settings)
             graph = _graph(sr, pixels, *settings)
             entries = max(1, graph.numel())
-            l1 = (graph - target).abs().sum() / entries
+            l1 = self.l1_weight * (graph - target).abs().sum() / entries
             # KL(GT || SR); written out because the mean of PyTorch's kl_div is about to change its meaning.
             target, graph = target.clamp(min=_EPS), graph.clamp(min=_EPS)
-            kl = (target * (target.log() - graph.log())).sum() / entries
-        return self.l1_weight * l1, self.kl_weight * kl
+            kl = self.kl_weight * (target * (target.log() - graph.log())).sum() / entries
+        return l1 + kl, l1.detach(), kl.detach()
+
+    def _fused(self, sr: Tensor, hr: Tensor, pixels: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        loss, l1, kl, _ = torch.ops.similarity.loss(
+            sr,
+            hr,
+            *pixels,
+            self.kernel_size_search,
+            self.kernel_size_window,
+            self.search_border == "zero",
+            self.sigma,
+            self.generalization,
+            self.l1_weight,
+            self.kl_weight,
+            sr.requires_grad and torch.is_grad_enabled(),
+        )
+        return loss, self.l1_weight * l1, self.kl_weight * kl
 
     def forward(self, sr: Tensor, hr: Tensor, mask: Tensor | None = None) -> Tensor:
         """Scalar loss; the gradient flows to ``sr`` only.
@@ -385,5 +474,4 @@ class SelfSimilarityLoss(nn.Module):
             hr: (N, C, H, W), the ground truth in [0, 1].
             mask: (N, 1, H, W) of {0, 1}; made from ``hr`` by :func:`edge_mask` when None.
         """
-        l1, kl = self.terms(sr, hr, mask)
-        return l1 + kl
+        return self.parts(sr, hr, mask)[0]

@@ -5,7 +5,7 @@ import logging
 import random
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -140,18 +140,21 @@ def _loop(run: _Run, stop: "_StopSignals") -> None:
     """The steps, with logs, validation and checkpoints at their times."""
     is_main = utils_dist.rank() == 0
     board = run.opt.task_dir / "tensorboard" if is_main else None
-    with closing(Progress(run.step, run.opt.train.iterations, board, is_main)) as progress:
-        step = _steps(run, stop, progress)
+    with (
+        closing(Progress(run.step, run.opt.train.iterations, board, is_main)) as progress,
+        closing(batches(run.loader)) as loaded,
+    ):
+        step = _steps(run, loaded, stop, progress)
     if stop.received:
         logger.info("stopped by a signal at step %d; the same command goes on from there", step)
     else:
         logger.info("done at step %d", step)
 
 
-def _steps(run: _Run, stop: "_StopSignals", progress: Progress) -> int:
+def _steps(run: _Run, loaded: Iterable[dict[str, Any]], stop: "_StopSignals", progress: Progress) -> int:
     """-> the last step that was done."""
     model, device, step, train = run.model, run.device, run.step, run.opt.train
-    for batch in batches(run.loader):
+    for batch in loaded:
         step += 1
         progress.data_arrived()
         # Reseeded for each step: so a resumed run needs no saved generator states to equal the uninterrupted one.
@@ -210,7 +213,10 @@ def _check_paths(opt: Options) -> None:
                     raise UserError(f"{key_path}: there is no {root}; put {content} there, or set {key_path}=FOLDER")
     for key in ("pretrained_netG", "pretrained_netD", "pretrained_netE", "pretrained_netF"):
         path = opt.path[key]
-        if path and not Path(path).is_file():
+        needed = {"pretrained_netD": opt.model == "gan", "pretrained_netF": opt.train.F_lossfn_weight > 0}.get(
+            key, True
+        )
+        if path and needed and not Path(path).is_file():
             else_ = {"pretrained_netG": "random weights", "pretrained_netF": "torch's own cache"}.get(key, "without it")
             raise UserError(f"path.{key}: there is no file {path}; put it there, or set path.{key}=null: {else_}")
 

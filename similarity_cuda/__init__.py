@@ -1,0 +1,70 @@
+"""The self-similarity op: kernels that are built on first use, never on import.
+
+``load("cpp")`` builds (once for each machine, PyTorch and source) and loads the C++ kernels; then the operators
+``torch.ops.similarity.distances`` and ``torch.ops.similarity.loss`` work on CPU tensors, under autograd and
+``torch.compile``. ``utils/utils_ssl.py`` calls them; both can be copied into another trainer together.
+"""
+
+import torch
+from torch import Tensor
+
+from similarity_cuda.loader import UnavailableError, load
+
+__all__ = ["UnavailableError", "load"]
+
+_library = torch.library.Library("similarity", "DEF")
+_PIXELS = "Tensor image, Tensor row, Tensor column, int search, int window, bool zero_border"
+_library.define(f"distances(Tensor img, {_PIXELS}) -> Tensor")
+_library.define(f"distances_backward(Tensor grad, Tensor img, {_PIXELS}) -> Tensor")
+_library.define(
+    f"loss(Tensor sr, Tensor hr, {_PIXELS}, float sigma, bool generalization, float l1_weight, float kl_weight, "
+    "bool with_gradient) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake("similarity::distances")
+def _(img: Tensor, image: Tensor, row: Tensor, column: Tensor, search: int, window: int, zero_border: bool) -> Tensor:
+    return img.new_empty(len(image), search, search)
+
+
+@torch.library.register_fake("similarity::distances_backward")
+def _(grad: Tensor, img: Tensor, *_: object) -> Tensor:
+    return img.new_empty(img.shape)
+
+
+@torch.library.register_fake("similarity::loss")
+def _(sr: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gradient = sr.new_empty(sr.shape if arguments[-1] else (0,))
+    return sr.new_empty(()), sr.new_empty(()), sr.new_empty(()), gradient
+
+
+def _distances_context(ctx, inputs, output) -> None:
+    img, image, row, column, *ctx.settings = inputs
+    ctx.save_for_backward(img, image, row, column)
+
+
+def _distances_gradient(ctx, grad):
+    gradient = torch.ops.similarity.distances_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings)
+    return (gradient, *[None] * 6)
+
+
+def _loss_context(ctx, inputs, output) -> None:
+    if not inputs[-1]:
+        raise ValueError("similarity::loss was called without with_gradient, but sr requires a gradient")
+    ctx.save_for_backward(output[3])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _loss_gradient(ctx, grad, *_):
+    return (grad * ctx.saved_tensors[0], *[None] * 12)
+
+
+def _no_second_derivative(ctx, inputs, output) -> None:
+    raise RuntimeError("second derivatives of the self-similarity op are not provided (create_graph=True was asked)")
+
+
+torch.library.register_autograd(
+    "similarity::distances_backward", lambda ctx, grad: None, setup_context=_no_second_derivative
+)
+torch.library.register_autograd("similarity::distances", _distances_gradient, setup_context=_distances_context)
+torch.library.register_autograd("similarity::loss", _loss_gradient, setup_context=_loss_context)

@@ -1,0 +1,652 @@
+"""Training: resuming, repeating, stopping, failing; and each step's arithmetic by hand."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from models.model_gan import ModelGAN
+from tests.conftest import REPOSITORY, photograph
+from tests.test_option import KAIR
+from tests.training import SSL, Workplace, assert_same, tree
+from utils.utils_checkpoint import unwrap
+from utils.utils_error import UserError
+from utils.utils_image import imread_uint, imsave
+from utils.utils_ssl import edge_mask
+
+GAN = ("model=gan", *SSL)
+SPAWN = (  # what Windows and macOS do anyway
+    "import torch.multiprocessing as m; m.set_start_method('spawn', force=True); "
+    "import {} as script; from utils.utils_error import run; run(script.main)"
+)
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Workplace:
+    return Workplace(tmp_path)
+
+
+def script(work: Workplace, *overrides: str, name: str = "main_train_psnr.py", **kwargs):
+    """Start a training script in a process of its own."""
+    command = [sys.executable, name, "--opt", work.file(), *overrides]
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+    )
+
+
+# ------------------------------------------------------------------------------------------------ resume and repeat
+
+
+@pytest.mark.parametrize("model", [("model=plain",), GAN], ids=["plain", "gan_ssl"])
+def test_steps_before_and_after_a_restart_equal_the_uninterrupted_run(work: Workplace, model) -> None:
+    work.run(*model, "task=whole")
+    work.run(*model, "task=parts", "train.iterations=2")
+    random.seed(99), np.random.seed(99), torch.manual_seed(99)  # nothing of the process survives a restart
+    work.run(*model, "task=parts")
+    whole, parts = work.saved(4, "whole"), work.saved(4, "parts")
+    expected = {"G", "E", "optimizerG"} | ({"D", "optimizerD"} if model == GAN else set())
+    assert set(whole) == expected
+    assert_same(whole, parts)
+    assert "resumed at step 2" in work.log("parts")
+
+
+def test_an_incomplete_newest_checkpoint_is_passed_over(work: Workplace) -> None:
+    work.run(*GAN, "task=whole", "train.iterations=6")
+    work.run(*GAN)
+    (work.folder() / "models" / "4_optimizerD.pth").unlink()
+    work.run(*GAN, "train.iterations=6")
+    assert "checkpoint 4 is incomplete (no 4_optimizerD.pth)" in work.log()
+    assert "resumed at step 2" in work.log()
+    for step in (4, 6):
+        assert_same(work.saved(step, "whole"), work.saved(step))
+
+
+def test_a_checkpoint_is_complete_without_its_state_and_keeps_seed_and_best(work: Workplace) -> None:
+    work.run("train.checkpoint_test=2", "train.manual_seed=null")
+    before = json.loads((work.folder() / "models" / "4_state.json").read_text())
+    (work.folder() / "models" / "4_state.json").unlink()
+    work.run("train.checkpoint_test=1000", "train.manual_seed=null", "train.iterations=5", "datasets.test=null")
+    after = json.loads((work.folder() / "models" / "5_state.json").read_text())
+    assert "resumed at step 4" in work.log()
+    assert after["seed"] == before["seed"]
+    assert "best_step" in after
+
+
+def test_checkpoints_of_another_kind_of_run_are_not_written_over(work: Workplace) -> None:
+    work.run("train.iterations=2")
+    before = tree(work.root / "runs")
+    with pytest.raises(UserError, match=r"other networks.*2_D\.pth.*choose another task"):
+        work.run("model=gan")
+    assert tree(work.root / "runs") == before
+
+
+def test_a_first_save_that_was_cut_off_does_not_block_a_new_start(work: Workplace) -> None:
+    (work.folder() / "models").mkdir(parents=True)
+    torch.save({}, work.folder() / "models" / "2_G.pth")
+    work.run("train.iterations=2")
+    assert set(work.saved(2)) == {"G", "E", "optimizerG"}
+
+
+def test_the_number_of_workers_changes_nothing(work: Workplace) -> None:
+    work.run("task=none", "train.iterations=3")
+    work.run("task=two", "train.iterations=3", "datasets.train.dataloader_num_workers=2")
+    assert_same(work.saved(3, "none"), work.saved(3, "two"))
+
+
+def test_a_seed_makes_a_run_repeatable_and_another_seed_another_run(work: Workplace) -> None:
+    for task, seed in (("a", 5), ("b", 5), ("c", 6)):
+        work.run(f"task={task}", f"train.manual_seed={seed}", "train.iterations=2")
+    assert_same(work.saved(2, "a"), work.saved(2, "b"))
+    weight = "body.0.weight"
+    assert not torch.equal(work.saved(2, "a")["G"][weight], work.saved(2, "c")["G"][weight])
+
+
+def test_without_a_seed_a_fresh_one_is_drawn_logged_and_kept(work: Workplace) -> None:
+    work.run("train.manual_seed=null", "train.iterations=2")
+    work.run("train.manual_seed=null", "train.iterations=4")
+    seeds = re.findall(r"seed (\d+)", work.log())
+    assert len(seeds) == 2
+    assert seeds[0] == seeds[1]
+    facts = next((work.folder() / "options").glob("*_facts.txt"))
+    assert json.loads(facts.read_text())["seed"] == int(seeds[0])
+    work.run(f"train.manual_seed={seeds[0]}", "task=again")
+    assert_same(work.saved(4), work.saved(4, "again"))
+
+
+def test_settings_of_the_optimizer_are_those_of_the_options_after_a_restart(work: Workplace) -> None:
+    work.run("train.iterations=2")
+    work.run("train.iterations=3", "train.G_optimizer_wd=0.5", "train.G_optimizer_betas=[0.5, 0.6]")
+    group = work.saved(3)["optimizerG"]["param_groups"][0]
+    assert group["weight_decay"] == 0.5
+    assert tuple(group["betas"]) == (0.5, 0.6)
+
+
+def test_a_finished_run_says_so_and_writes_nothing_until_iterations_is_raised(work: Workplace, caplog) -> None:
+    work.run("train.iterations=2")
+    before = tree(work.root / "runs")
+    caplog.clear()
+    work.run("train.iterations=2")
+    assert "run has reached step 2 already; to go on raise train.iterations" in caplog.text
+    assert tree(work.root / "runs") == before
+    work.run("train.iterations=3")
+    assert "resumed at step 2" in work.log()
+    assert set(work.saved(3)) == {"G", "E", "optimizerG"}
+
+
+def test_saved_options_can_be_given_again_and_changed(work: Workplace) -> None:
+    work.run(*GAN, "train.iterations=2")
+    saved = next(p for p in (work.folder() / "options").glob("*.json"))
+    work.options = json.loads(saved.read_text())
+    work.run("task=again")
+    assert_same(work.saved(2), work.saved(2, "again"))
+    work.run("task=other", "train.manual_seed=3", "scale=2")
+    assert "done at step 2" in work.log("other")
+
+
+# ---------------------------------------------------------------------------------------------------- what is written
+
+
+def test_a_run_leaves_kairs_files_a_log_a_grid_and_a_board(work: Workplace) -> None:
+    work.run(*GAN, "train.checkpoint_test=2")
+    files = {str(p.relative_to(work.folder())) for p in work.folder().rglob("*") if p.is_file()}
+    names = {re.sub(r"\d{8}_\d{6}", "TIME", f.replace(os.sep, "/")) for f in files}
+    board = {n for n in names if n.startswith("tensorboard/")}
+    models = {f"models/{s}_{n}.pth" for s in (2, 4) for n in ("G", "E", "D", "optimizerG", "optimizerD")}
+    assert len(board) == 1
+    assert names - board == {
+        *models,
+        *(f"models/{s}_state.json" for s in (2, 4)),
+        *(f"images/test_{s:08d}.png" for s in (2, 4)),
+        "options/TIME.json",
+        "options/TIME_facts.txt",
+        "train.log",
+    }
+    # One row an image, L, E and H side by side; the wider of the two images sets the width.
+    assert imread_uint(str(work.folder() / "images" / "test_00000002.png")).shape == (2 * 40, 3 * 48, 3)
+    log = work.log()
+    for word in (
+        "G_loss",
+        "D_loss",
+        "ssl_l1",
+        "ssl_kl",
+        "l_d_real",
+        "l_d_fake",
+        "D_real",
+        "D_fake",
+        "G_grad",
+        "D_grad",
+    ):
+        assert word in log
+    for word in ("data ", "step ", "lr ", "PSNR", "SSIM", "batch 2 = 1 x 2 patches of 32 px", "done at step 4"):
+        assert word in log
+
+
+def test_only_the_newest_and_the_best_checkpoint_are_kept(work: Workplace, monkeypatch) -> None:
+    scores = iter([20.0, 30.0, 25.0, 24.0])
+    monkeypatch.setattr("utils.utils_train.validate", lambda *a: {"psnr": next(scores), "ssim": 0.5})
+    each = ("train.checkpoint_save=1", "train.checkpoint_test=1", "train.checkpoint_keep=1")
+    work.run(*each, "train.iterations=3")
+    assert sorted({p.name.split("_")[0] for p in (work.folder() / "models").iterdir()}) == ["2", "3"]
+    work.run(*each)  # the best one is remembered over a restart
+    assert sorted({p.name.split("_")[0] for p in (work.folder() / "models").iterdir()}) == ["2", "4"]
+
+
+def test_leftovers_of_a_later_step_do_not_push_out_what_is_saved_now(work: Workplace) -> None:
+    work.run("train.checkpoint_keep=1", "train.iterations=2", "datasets.test=null")
+    shutil.copy(work.folder() / "models" / "2_G.pth", work.folder() / "models" / "9_G.pth")
+    work.run("train.checkpoint_keep=1", "train.iterations=3", "datasets.test=null")
+    assert set(work.saved(3)) == {"G", "E", "optimizerG"}
+    assert set(work.saved(2)) == set()
+
+
+def test_a_perfect_score_does_not_break_the_next_run(work: Workplace, monkeypatch) -> None:
+    monkeypatch.setattr("utils.utils_train.validate", lambda *a: {"psnr": float("inf"), "ssim": 1.0})
+    work.run("train.iterations=2")
+    work.run("train.iterations=3")  # JSON has no infinity: the state holds null
+    assert "done at step 3" in work.log()
+
+
+def test_images_without_ground_truth_are_shown_and_not_measured(work: Workplace) -> None:
+    only_L = ["datasets.test=null", "datasets.test_real.dataset_type=l"]
+    work.run(*only_L, f"datasets.test_real.dataroot_L={work.root / 'T'}", "train.iterations=2")
+    assert "PSNR" not in work.log()
+    grid = imread_uint(str(work.folder() / "images" / "test_real_00000002.png"))
+    assert grid.shape == (160 + 160, 2 * 192, 3)  # L and E; at most 192 pixels a side
+
+
+# -------------------------------------------------------------------------------------------------- broken numbers
+
+
+def test_a_loss_that_is_not_finite_is_named_and_nothing_is_saved(work: Workplace, monkeypatch) -> None:
+    work.run("train.iterations=2")
+    before = tree(work.folder() / "models")
+    calls = iter([False, True])
+
+    class Breaks(nn.L1Loss):
+        def forward(self, E, H):
+            return super().forward(E, H) * (float("nan") if next(calls) else 1.0)
+
+    monkeypatch.setattr("models.model_base.pixel_loss", lambda *a: Breaks())
+    with pytest.raises(UserError, match="step 4: G_loss is nan") as error:
+        work.run("train.checkpoint_save=2")
+    assert "\n" not in str(error.value)
+    assert tree(work.folder() / "models") == before
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights_as_they_were(work: Workplace) -> None:
+    model = work.model()
+    before = [p.clone() for p in model.netG.parameters()]
+    weight = next(model.netG.parameters())
+    term = (weight * 0).sum().sqrt()  # 0, with an infinite slope times 0
+    with pytest.raises(UserError, match="G_grad is nan"):
+        model.descend("G", {"G_loss": term}, 7)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.netG.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("lr", ["1e20", "1e30"])
+def test_a_wild_learning_rate_never_costs_the_good_checkpoint(work: Workplace, lr: str) -> None:
+    work.run("train.iterations=2")
+    good = tree(work.folder() / "models")
+    with pytest.raises(UserError, match=r"step [345]: .* (is|are) (nan|inf|not finite)"):
+        work.run(f"train.G_optimizer_lr={lr}", "train.checkpoint_save=3", "train.checkpoint_keep=1")
+    assert tree(work.folder() / "models") == good
+    work.run("train.iterations=3")  # and a sane rate goes on from it
+    assert "done at step 3" in work.log()
+
+
+def test_weights_that_are_not_finite_are_not_saved(work: Workplace, tmp_path: Path) -> None:
+    model = work.model()
+    with torch.no_grad():
+        next(model.netG.parameters())[0] = float("inf")
+    (tmp_path / "models").mkdir()
+    with pytest.raises(UserError, match="weights or output of netG are not finite"):
+        model.save(tmp_path / "models", 1)
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send to another process")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_saves_and_the_run_can_go_on(work: Workplace, number: signal.Signals) -> None:
+    # Spawned workers start with Python's own handlers; Ctrl-C in a terminal reaches them too.
+    endless = ("train.iterations=null", "train.checkpoint_save=1000000", "datasets.test=null")
+    start = (
+        f"import torch.multiprocessing as m; m.set_start_method('spawn', force=True); import {'main_train_psnr'} as s"
+    )
+    code = f"{start}; from utils.utils_error import run; run(s.main)"
+    command = [sys.executable, "-c", code, "--opt", work.file(), *endless, "datasets.train.dataloader_num_workers=1"]
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 2 "):
+            break
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 128 + number, err
+    assert "Traceback" not in err
+    step = int(re.search(r"stopped by a signal at step (\d+)", out)[1])
+    assert set(work.saved(step)) == {"G", "E", "optimizerG"}
+    work.run(f"train.iterations={step + 1}")
+    assert f"resumed at step {step}" in work.log()
+
+
+# ------------------------------------------------------------------------------------------------- mistakes of the user
+
+
+def test_a_mistake_is_one_line_and_status_2_of_the_script(work: Workplace) -> None:
+    process = script(work, "datasets.train.dataroot_H=/nowhere")
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert re.fullmatch(r"error: datasets\.train\.dataroot_H: there is no /nowhere; put .*=FOLDER\n", err)
+    assert out == ""
+    assert not (work.root / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["datasets.test.dataroot_H=/nowhere"], r"datasets\.test\.dataroot_H: there is no /nowhere"),
+        (["datasets.train.dataroot_L=/nowhere"], r"datasets\.train\.dataroot_L: there is no /nowhere"),
+        (["datasets.train.dataroot_H="], r"dataroot_H is not set"),
+        (["datasets.train.dataroot_H={root}/empty"], r"empty"),
+        (["datasets.train.dataroot_H={root}/o.json"], r"o\.json"),
+        (["path.pretrained_netG=zoo/G.pth"], r"path\.pretrained_netG: there is no file zoo/G.pth.*random weights"),
+        (["path.pretrained_netD=zoo/D.pth", "model=gan"], r"path\.pretrained_netD: there is no file"),
+        (["path.pretrained_netE=zoo/E.pth"], r"path\.pretrained_netE: there is no file"),
+        (["path.pretrained_netG={root}/bad.pth"], r"bad\.pth: .*damaged"),
+        (["path.pretrained_netG={root}/other.pth"], r"other\.pth does not fit SRVGGNetCompact"),
+        (["train.F_lossfn_weight=1", "path.pretrained_netF=zoo/vgg.pth"], r"path\.pretrained_netF: there is no file"),
+        (["train.F_lossfn_weight=1", "path.pretrained_netF={root}/other.pth"], r"not the weights of VGG19"),
+        (["train.ssl_l1_weight=1", "train.ssl_mode=cuda"], r"train\.ssl_mode: "),
+        (["datasets.train.H_size=64"], r"[0-9] problems.*smaller than H_size 64"),
+        (["path.root={root}/o.json"], r"path\.root: .*cannot be written"),
+        (["task=" + "x" * 300], r"task: .*at most 200 characters"),
+    ],
+)
+def test_what_is_missing_stops_in_one_line_before_anything_is_written(work, overrides, named) -> None:
+    (work.root / "empty").mkdir()
+    (work.root / "bad.pth").write_bytes(b"PK nonsense")
+    torch.save({"weight": torch.zeros(3)}, work.root / "other.pth")
+    with pytest.raises(UserError, match=named) as error:
+        work.run(*[o.replace("{root}", str(work.root)) for o in overrides])
+    assert "\n" not in str(error.value)
+    assert not (work.root / "runs").exists()
+
+
+def test_weights_of_the_perceptual_loss_that_cannot_be_had_stop_at_once(work: Workplace, monkeypatch) -> None:
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(work.root / "cache"))
+    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
+    with pytest.raises(UserError, match=r"VGG19.*no network.*path\.pretrained_netF"):
+        work.run("train.F_lossfn_weight=1")
+    assert not (work.root / "runs").exists()
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(work: Workplace, monkeypatch) -> None:
+    monkeypatch.setattr("utils.utils_dist.world_size", lambda: 2)
+    with pytest.raises(UserError, match=r"dataloader_batch_size: 3 cannot be shared by 2 processes"):
+        work.run("datasets.train.dataloader_batch_size=3")
+    assert not (work.root / "runs").exists()
+
+
+def test_bad_images_are_listed_by_name_and_size(work: Workplace) -> None:
+    imsave(photograph(20, 24), str(work.root / "H" / "small.png"))
+    data = (work.root / "H" / "0.png").read_bytes()
+    (work.root / "H" / "cut.png").write_bytes(data[: len(data) // 2])
+    (work.root / "H" / "text.jpg").write_text("not an image")
+    with pytest.raises(UserError, match="3 problems with the train images") as error:
+        work.run()
+    for word in ("small.png (24x20)", "cut.png", "text.jpg"):
+        assert word in str(error.value)
+    assert not (work.root / "runs").exists()
+
+
+def test_an_image_that_breaks_while_training_is_one_line_from_a_worker_too(work: Workplace, monkeypatch) -> None:
+    monkeypatch.setattr("utils.utils_train._make_run_folder", lambda opt, seed: _break_images(work))
+    work.options["path"]["root"] = str(work.root / "runs")
+    with pytest.raises(UserError) as error:
+        work.run("datasets.train.dataloader_num_workers=1")
+    assert "\n" not in str(error.value)
+    assert "Traceback" not in str(error.value)
+    assert ".png" in str(error.value)
+
+
+def _break_images(work: Workplace) -> None:
+    (work.folder() / "models").mkdir(parents=True)
+    for path in (work.root / "H").iterdir():
+        path.write_bytes(b"")
+
+
+# ------------------------------------------------------------------------------------------------ one step, by hand
+
+
+def weights(network: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in unwrap(network).parameters()]
+
+
+def changed(before: list[torch.Tensor], network: nn.Module) -> bool:
+    return any(not torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+
+
+def gradient_norm(network: nn.Module) -> float:
+    return torch.stack([p.grad.norm() for p in network.parameters()]).norm().item()
+
+
+def step(model, batch, number: int) -> None:
+    model.update_learning_rate(number)
+    model.feed_data(batch)
+    model.optimize_parameters(number)
+
+
+def test_the_first_steps_train_the_discriminator_alone(work: Workplace) -> None:
+    model, batch = work.model(*GAN, "train.D_init_iters=2"), work.batch()
+    assert isinstance(model, ModelGAN)
+    before = weights(model.netG)
+    for number in (1, 2):
+        before_D = weights(model.netD)
+        step(model, batch, number)
+        assert changed(before_D, model.netD)
+        assert not changed(before, model.netG)
+        assert not changed(before, model.netE)
+        assert "G_loss" not in model.current_log()
+    step(model, batch, 3)
+    assert changed(before, model.netG)
+    assert changed(before, model.netE)
+
+
+def test_the_generator_steps_once_in_d_update_ratio_steps(work: Workplace) -> None:
+    model, batch = work.model(*GAN, "train.D_update_ratio=3"), work.batch()
+    moved, logged = [], []
+    for number in range(1, 7):
+        before, before_D = weights(model.netG), weights(model.netD)
+        step(model, batch, number)
+        moved.append(changed(before, model.netG))
+        logged.append("G_loss" in model.current_log())
+        assert changed(before_D, model.netD)
+    assert moved == logged == [False, False, True, False, False, True]
+
+
+def test_the_generators_step_leaves_no_gradient_in_the_discriminator(work: Workplace) -> None:
+    with_D = work.model("model=gan", "train.D_lossfn_weight=1", seed=3)
+    without = work.model("model=gan", "train.D_lossfn_weight=0", seed=3)
+    batch = work.batch()
+    step(with_D, batch, 1), step(without, batch, 1)
+    assert not changed(weights(work.model("model=gan", seed=3).netD), without.netD)
+    # D's own step, recomputed from the same start on the same E, gives the gradients that the step left.
+    fresh = work.model("model=gan", "train.D_lossfn_weight=1", seed=3)
+    fresh.feed_data(batch)
+    with torch.no_grad():
+        E = fresh.netG(fresh.L)
+    fresh.netD(E)  # the generator's look at D turns the power iteration of the spectral norm on by one
+    real, fake = fresh.netD(fresh.H), fresh.netD(E)
+    sum(fresh.gan.discriminator(real, fake)).backward()
+    for a, b in zip(fresh.netD.parameters(), with_D.netD.parameters(), strict=True):
+        # The two sum the same terms, in another order: float32 noise.
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["gan", "ragan", "ragan_basicsr", "lsgan", "wgan", "softplusgan"])
+def test_every_gan_type_does_a_step(work: Workplace, kind: str) -> None:
+    model = work.model("model=gan", f"train.gan_type={kind}")
+    before = weights(model.netG)
+    step(model, work.batch(), 1)
+    assert changed(before, model.netG)
+
+
+@pytest.mark.parametrize("kind", ["l1", "l2", "l2sum", "charbonnier", "ssim"])
+def test_every_pixel_loss_does_a_step_and_is_weighted(work: Workplace, kind: str) -> None:
+    batch = work.batch()
+    logs = []
+    for weight in (1.0, 0.25):
+        model = work.model(f"train.G_lossfn_type={kind}", f"train.G_lossfn_weight={weight}")
+        before = weights(model.netG)
+        step(model, batch, 1)
+        assert changed(before, model.netG)
+        logs.append(model.current_log()["G_loss"])
+    assert logs[0] > 0
+    assert logs[1] == pytest.approx(0.25 * logs[0], rel=1e-6)  # float32 rounding
+
+
+def test_each_term_is_its_weight_times_its_loss(work: Workplace) -> None:
+    model, batch = work.model(*GAN, "train.G_lossfn_weight=3", "train.D_lossfn_weight=0.7"), work.batch()
+    model.feed_data(batch)
+    with torch.no_grad():
+        E = model.netG(model.L)
+        D_loss = (model.netD(E) - 1).square().mean()  # lsgan
+    terms = {name: t.item() for name, t in (model.fidelity_terms(E) | model.shown).items()}
+    assert terms["G_loss"] == pytest.approx(3 * (E - batch["H"]).abs().mean().item(), rel=1e-6)  # float32 rounding
+    assert model.ssl is not None
+    model.ssl.l1_weight = model.ssl.kl_weight = 1.0
+    _, l1, kl = model.ssl.parts(E, batch["H"])
+    assert terms["ssl"] == pytest.approx(50 * (l1 + kl).item(), rel=1e-6)
+    assert model.shown["ssl_l1"].item() == pytest.approx(50 * l1.item(), rel=1e-6)
+    model = work.model(*GAN, "train.G_lossfn_weight=3", "train.D_lossfn_weight=0.7")
+    step(model, batch, 1)
+    assert model.current_log()["D_loss"] == pytest.approx(0.7 * D_loss.item(), rel=1e-5)
+
+
+def test_clipping_limits_what_the_optimizer_sees(work: Workplace) -> None:
+    batch, seen = work.batch(), {}
+    for clip in ("null", "0", "1e-3"):
+        model = work.model(f"train.G_optimizer_clipgrad={clip}", "train.G_lossfn_type=l2sum")
+        step(model, batch, 1)
+        seen[clip] = (gradient_norm(model.netG), model.current_log()["G_grad"])
+    assert seen["null"][0] == pytest.approx(seen["null"][1], rel=1e-5)  # the order of a float32 sum
+    assert seen["0"] == seen["null"]
+    assert seen["1e-3"][0] == pytest.approx(1e-3, rel=1e-3)  # torch divides by the norm + 1e-6
+    assert seen["1e-3"][1] == pytest.approx(seen["null"][1])  # logged before clipping
+    assert seen["null"][0] > 1
+
+
+def test_clipping_the_discriminator_is_its_own_option(work: Workplace) -> None:
+    model = work.model("model=gan", "train.D_optimizer_clipgrad=1e-4")
+    step(model, work.batch(), 1)
+    norms = {
+        s: torch.stack([p.grad.norm() for p in n.parameters()]).norm().item()
+        for s, n in model.networks.items()
+        if s != "E"
+    }
+    assert norms["D"] == pytest.approx(1e-4, rel=0.02)  # torch divides by the norm + 1e-6
+    assert norms["G"] > 1e-3
+
+
+def test_the_average_is_the_one_computed_by_hand(work: Workplace) -> None:
+    model, batch = work.model("train.E_decay=0.9"), work.batch()
+    expected = weights(model.netG)  # without a file of its own E starts as a copy of G
+    for number in range(1, 5):
+        step(model, batch, number)
+        expected = [0.9 * e + 0.1 * g for e, g in zip(expected, weights(model.netG), strict=True)]
+    for e, mine in zip(expected, model.netE.parameters(), strict=True):
+        torch.testing.assert_close(mine.detach(), e, rtol=1e-6, atol=1e-7)  # lerp rounds in another order
+
+
+def test_the_average_takes_over_running_statistics(work: Workplace) -> None:
+    work.options["netG"] = {"net_type": "msrresnet0", "nc": 8, "nb": 1, "act_mode": "BR"}
+    model = work.model()
+    step(model, work.batch(), 1)
+    pairs = list(zip(model.netG.named_buffers(), model.netE.buffers(), strict=True))
+    assert pairs
+    assert all(torch.equal(mine, e) for (_, mine), e in pairs)
+    assert any(name.endswith("running_mean") and bool(mine.any()) for (name, mine), _ in pairs)
+
+
+def test_without_an_average_the_generator_itself_is_tested_and_saved(work: Workplace) -> None:
+    work.run("train.E_decay=0", "train.iterations=2")
+    assert set(work.saved(2)) == {"G", "optimizerG"}
+    assert "PSNR" in work.log()
+
+
+def test_a_pretrained_generator_starts_the_average_too(work: Workplace) -> None:
+    work.run("task=first", "train.iterations=2")
+    start = work.folder("first") / "models" / "2_G.pth"
+    model = work.model(f"path.pretrained_netG={start}", seed=9)
+    assert_same(dict(unwrap(model.netG).state_dict()), torch.load(start, weights_only=True))
+    assert_same(dict(model.netE.state_dict()), torch.load(start, weights_only=True))
+
+
+def test_a_milestone_acts_from_its_step_on(work: Workplace) -> None:
+    rates = ("train.G_optimizer_lr=1e-3", "train.G_scheduler_milestones=[5, 3, 5]", "train.G_scheduler_gamma=0.1")
+    model = work.model("model=gan", *rates, "train.D_scheduler_milestones=[2]", "train.D_scheduler_gamma=0.5")
+    seen = {"G": [], "D": []}
+    for number in range(1, 7):
+        model.update_learning_rate(number)
+        for name, optimizer in model.optimizers.items():
+            seen[name].append(optimizer.param_groups[0]["lr"])
+    assert seen["G"] == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4, 1e-6, 1e-6])
+    assert seen["D"] == pytest.approx([1e-3, *[5e-4] * 5])
+    # KAIR's own class, stepped to the same number, agrees.
+    optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [5, 3, 5], 0.1)
+    optimizer.step()
+    for number in range(1, 7):
+        scheduler.step()
+        assert scheduler.get_last_lr()[0] == pytest.approx(seen["G"][number - 1])
+
+
+# -------------------------------------------------------------------------------------------------- kinds of runs
+
+
+def test_a_kair_style_file_trains(work: Workplace) -> None:
+    text = KAIR["train_msrresnet_gan"].replace('"superresolution" ', json.dumps(str(work.root / "runs")))
+    text = text.replace("trainsets/trainH", str(work.root / "H")).replace("testsets/set5", str(work.root / "T"))
+    (work.root / "kair.json").write_text(text, encoding="utf-8")
+    work.file = lambda: str(work.root / "kair.json")  # type: ignore[method-assign]
+    small = ("netG.nc=8", "netG.nb=1", "netD.net_type=discriminator_patchgan", "netD.base_nc=4", "netD.n_layers=1")
+    fast = ("datasets.train.H_size=32", "datasets.train.dataloader_batch_size=2", "train.F_lossfn_weight=0")
+    work.run(*small, *fast, "train.iterations=2", "datasets.train.dataloader_num_workers=0")
+    assert set(work.saved(2, "msrresnet_gan")) == {"G", "E", "D", "optimizerG", "optimizerD"}
+
+
+def test_masks_from_files_train_and_equal_those_made_on_line(work: Workplace) -> None:
+    (work.root / "M").mkdir()
+    for path in (work.root / "H").iterdir():
+        image = torch.from_numpy(imread_uint(str(path))).permute(2, 0, 1)[None] / 255
+        imsave((edge_mask(image)[0, 0].numpy() * 255).astype(np.uint8), str(work.root / "M" / path.name))
+    mask = ("datasets.train.dataset_type=srmask", f"datasets.train.dataroot_H_mask={work.root / 'M'}")
+    work.run(*GAN, *mask, "train.iterations=2")
+    assert "ssl_kl" in work.log()
+    batch = work.batch(*mask)
+    on_line = edge_mask(batch["H"])
+    # The mask of a patch mirrors at the patch's border, the mask of a file saw the pixels beyond.
+    assert torch.equal(batch["mask"][..., 1:-1, 1:-1], on_line[..., 1:-1, 1:-1])
+    assert on_line.any()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_gray_images_train_gray_and_colour(tmp_path: Path, channels: int) -> None:
+    work = Workplace(tmp_path, channels=1)
+    work.run(*GAN, f"n_channels={channels}", "train.iterations=2", "train.checkpoint_test=1")
+    assert "PSNR" in work.log()
+    assert work.saved(2)["G"]["body.0.weight"].shape[1] == channels
+
+
+def test_the_similarity_loss_alone_trains_where_nothing_is_an_edge(work: Workplace) -> None:
+    for path in (work.root / "H").iterdir():
+        imsave(np.full((48, 48, 3), 128, np.uint8), str(path))
+    alone = ("train.G_lossfn_weight=0", *SSL, "datasets.train.dataset_type=sr", "train.iterations=2")
+    work.run(*alone, "datasets.test=null")
+    assert re.search(r"ssl 0 ssl_l1 0 ssl_kl 0", work.log())
+
+
+def test_batches_larger_than_the_set_work(work: Workplace) -> None:
+    work.run("datasets.train.dataloader_batch_size=8", "train.iterations=2", "datasets.test=null")
+    assert "3 images, batch 8" in work.log()
+
+
+def test_overrides_stand_on_either_side_of_opt(work: Workplace) -> None:
+    from utils.utils_train import training_options
+
+    opt = training_options(None, ["plain"], ["task=a", "--opt", work.file(), "scale=2"])
+    assert (opt.task, opt.scale) == ("a", 2)
+
+
+def test_a_file_for_another_script_is_told_which(work: Workplace) -> None:
+    from utils.utils_train import training_options
+
+    with pytest.raises(UserError, match=r"train it with main_train_gan\.py"):
+        training_options(None, ["plain"], ["--opt", work.file(), "model=gan"])
+
+
+def test_keys_without_meaning_are_named_once(work: Workplace) -> None:
+    work.options["merge_bn"] = False
+    process = script(work, "train.iterations=1", "datasets.test=null")
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert out.count("merge_bn") == 1
+    assert "\r" not in out + err  # no progress bar where there is no terminal
