@@ -89,7 +89,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {args.threads} threads")
     context = multiprocessing.get_context("spawn")
     results = {}
-    for form, repeats in (("published", 2), ("boxsum", args.repeats)):
+    for form, repeats in (("published", 2), ("boxsum", args.repeats), ("cpp", 3 * args.repeats)):
         receive, send = context.Pipe(False)
         process = context.Process(target=_measure, args=(form, hr, sr, repeats, args.threads, send))
         process.start()
