@@ -71,7 +71,9 @@ class ModelBase:
                     train.mask_stride,
                     train.mask_threshold,
                     train.ssl_mode,
+                    train.search_border,
                 )
+                self.ssl.prepare(device)
             except ValueError as error:
                 raise UserError(f"train.ssl_mode: {error}; use auto") from error
 

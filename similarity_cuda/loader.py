@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import importlib.util
+import logging
 import os
 import platform
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+_logger = logging.getLogger(__name__)
 _SOURCES = {"cpp": ["cpu.cpp"]}
 _loaded: dict[str, Exception | None] = {}  # kind -> None where it is loaded, else why it is not
 
@@ -129,8 +131,14 @@ def _build(name: str, sources: list[Path], compiler_flags: list[str], linker_fla
     """Build in a folder of its own and move the result into place, so that no half-written library is ever found."""
     if not _ninja():
         raise RuntimeError("ninja is missing: pip install ninja")
+    # It warns of a missing GPU when it is imported, which is no news here.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils import cpp_extension
 
+    _logger.info("building the self-similarity op, once for this machine: about half a minute")
+    logging.getLogger(cpp_extension.__name__).setLevel(
+        logging.ERROR
+    )  # it warns of a missing GPU, which is no news here
     with tempfile.TemporaryDirectory(dir=library.parent, ignore_cleanup_errors=True) as folder:
         built = cpp_extension.load(
             name,

@@ -501,6 +501,25 @@ def test_each_term_is_its_weight_times_its_loss(work: Workplace) -> None:
     assert model.current_log()["D_loss"] == pytest.approx(0.7 * D_loss.item(), rel=1e-5)
 
 
+def test_every_option_of_the_self_similarity_loss_reaches_it(work: Workplace) -> None:
+    changed = {
+        "ssl_l1_weight": 3.0,
+        "ssl_kl_weight": 4.0,
+        "kernel_size_search": 7,
+        "kernel_size_window": 5,
+        "sigma": 0.5,
+        "generalization": False,
+        "mask_stride": 2,
+        "mask_threshold": 11.0,
+        "ssl_mode": "boxsum",
+        "search_border": "image",
+    }
+    ssl = work.model(*GAN, *(f"train.{name}={json.dumps(value)}" for name, value in changed.items())).ssl
+    assert ssl is not None
+    theirs = {"ssl_l1_weight": "l1_weight", "ssl_kl_weight": "kl_weight", "mask_threshold": "threshold"}
+    assert {name: getattr(ssl, theirs.get(name, name)) for name in changed} == changed
+
+
 def test_clipping_limits_what_the_optimizer_sees(work: Workplace) -> None:
     batch, seen = work.batch(), {}
     for clip in ("null", "0", "1e-3"):

@@ -425,6 +425,10 @@ class SelfSimilarityLoss(nn.Module):
         if ssl_mode != "auto":
             _choose(ssl_mode, torch.device("cpu"))  # a mode that does not exist fails now, not at the first batch
 
+    def prepare(self, device: torch.device) -> str:
+        """Build and load now what the first batch would need, and say which form it is."""
+        return _choose(self.ssl_mode, device)
+
     def parts(self, sr: Tensor, hr: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, and for logs its weighted L1 and KL parts without gradient; arguments as in :meth:`forward`."""
         if sr.shape != hr.shape:
