@@ -2,7 +2,7 @@
 
 import os
 
-# OpenMP's threads sleep while they wait, instead of spinning: beside anything else that wants the cores, a training step
-# on the CPU takes half the time (70 instead of 160 ms in the demo, two cores), and the same where nothing does. It is
-# read once, when torch is imported, so it is set before that.
+# OpenMP's threads sleep while they wait, instead of spinning: beside anything else that wants the cores, a step on the
+# CPU takes half the time (70 instead of 160 ms in the demo, two cores), and the same where nothing does. It is
+# read once, when torch is imported, so it is set before.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
