@@ -3,12 +3,11 @@
 python main_prepare_data.py demo    # small train and test sets from the photographs that scikit-image brings
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 
-from utils.utils_error import UserError, run
+from utils.utils_error import ArgumentParser, UserError, run
 from utils.utils_image import imsave
 
 # Public-domain photographs inside the scikit-image package; nothing is downloaded. Gray ones become RGB.
@@ -49,7 +48,7 @@ def prepare_demo(trainsets: Path, testsets: Path, side: int = 192) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="small train and test sets from scikit-image's photographs")
     demo.add_argument("--trainsets", type=Path, default=Path("trainsets"), help="folder for the training set")

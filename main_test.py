@@ -18,7 +18,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data.check import check_dataset
 from data.select_dataset import define_Dataset
 from models.restorer import Restorer, load_restorer, load_restorer_of, run_folder
-from utils.utils_error import UserError, run
+from utils.utils_error import ArgumentParser, UserError, run
 from utils.utils_image import imread_uint, imresize, imsave, tensor2uint
 from utils.utils_logger import setup
 from utils.utils_metric import METRICS, describe_metrics, mean_metrics, measure
@@ -52,13 +52,8 @@ class Job:
     device: torch.device
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see main_test.py --help")
-
-
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--opt", metavar="FILE", help="option file, JSON with // comments")
     parser.add_argument("override", nargs="*", metavar="key.path=value", help="with --opt, e.g. test.tile=256")
     parser.add_argument("--model_path", nargs="+", metavar="[NAME=]PATH", help="checkpoint files or runs' folders")

@@ -65,10 +65,20 @@ def test_an_incomplete_newest_checkpoint_is_passed_over(work: Workplace) -> None
     work.run(*GAN)
     (work.folder() / "models" / "4_optimizerD.pth").unlink()
     work.run(*GAN, "train.iterations=6")
-    assert "checkpoint 4 is incomplete (no 4_optimizerD.pth)" in work.log()
+    assert "checkpoint 4 cannot be used (no 4_optimizerD.pth)" in work.log()
     assert "resumed at step 2" in work.log()
     for step in (4, 6):
         assert_same(work.saved(step, "whole"), work.saved(step))
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(work: Workplace) -> None:
+    work.run("task=whole", "train.iterations=6")
+    work.run()
+    newest = work.folder() / "models" / "4_optimizerG.pth"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    work.run("train.iterations=6")
+    assert "checkpoint 4 cannot be used" in work.log()
+    assert_same(work.saved(6, "whole"), work.saved(6))
 
 
 def test_a_checkpoint_is_complete_without_its_state_and_keeps_seed_and_best(work: Workplace) -> None:
@@ -85,7 +95,7 @@ def test_a_checkpoint_is_complete_without_its_state_and_keeps_seed_and_best(work
 def test_checkpoints_of_another_kind_of_run_are_not_written_over(work: Workplace) -> None:
     work.run("train.iterations=2")
     before = tree(work.root / "runs")
-    with pytest.raises(UserError, match=r"other networks.*2_D\.pth.*choose another task"):
+    with pytest.raises(UserError, match=r"cannot go on from.*2_D\.pth.*choose another task"):
         work.run("model=gan")
     assert tree(work.root / "runs") == before
 

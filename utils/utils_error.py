@@ -1,11 +1,23 @@
 """How a mistake of the user is reported: one line on standard error, exit status 2, no traceback."""
 
+import argparse
 import sys
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 
 class UserError(Exception):
     """A mistake that the user can mend. Its text is one line: what is wrong, where, and the remedy."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser for a script's command line whose complaints are one line too; its help keeps the docstring's lines."""
+
+    def __init__(self, description: str | None = None, **settings: Any) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -4,10 +4,12 @@ import json
 import logging
 import math
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from utils.utils_checkpoint import load_checkpoint_file
 from utils.utils_error import UserError
 from utils.utils_run import save_json
 
@@ -26,6 +28,19 @@ def saved_steps(folder: Path, network: str = "G") -> list[int]:
     """Steps with a file ``{step}_{network}.pth`` in the folder, the newest first."""
     found = (re.fullmatch(rf"(\d+)_{network}\.pth", path.name) for path in folder.glob(f"*_{network}.pth"))
     return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def _problem(paths: Iterable[Path]) -> str:
+    """Why the files of a checkpoint are of no use: some are missing, or one is damaged; "" where they are."""
+    paths = list(paths)
+    if missing := [path.name for path in paths if not path.is_file()]:
+        return f"no {', '.join(missing)}"
+    for path in paths:
+        try:
+            load_checkpoint_file(path)
+        except UserError as error:
+            return str(error)
+    return ""
 
 
 class Checkpoints:
@@ -60,24 +75,24 @@ class Checkpoints:
         return self._newest_state().get("seed")
 
     def resume(self, model: Saved) -> int:
-        """Load the newest checkpoint of which every file is there; -> its step, 0 where there is none.
+        """Load the newest checkpoint of which every file is there and readable; -> its step, 0 where there is none.
 
         Raises:
-            UserError: there are checkpoints, but of another kind of run, which this one would write over.
+            UserError: there are checkpoints, but damaged or of another kind of run, which this one would write over.
         """
-        lacking = ""
+        newest = ""
         for step in saved_steps(self.folder):
-            missing = [path.name for path in model.files(self.folder, step).values() if not path.is_file()]
-            if not missing:
+            problem = _problem(model.files(self.folder, step).values())
+            if not problem:
                 model.load(self.folder, step)
                 self.state = self._newest_state(upto=step)
                 return step
-            logger.info("checkpoint %d is incomplete (no %s): looking for an older one", step, ", ".join(missing))
-            lacking = lacking or ", ".join(missing)
+            logger.info("checkpoint %d cannot be used (%s): looking for an older one", step, problem)
+            newest = newest or problem
         if self._newest_state():  # it is written last: that checkpoint was complete for the run that wrote it
             raise UserError(
-                f"{self.folder}: holds checkpoints of a run with other networks (no {lacking}); choose another task, "
-                f"with path.pretrained_netG to start from them, or remove that folder"
+                f"{self.folder}: holds checkpoints that this run cannot go on from ({newest}); choose another task, "
+                f"with path.pretrained_netG to start from their weights, or remove that folder"
             )
         return 0
 

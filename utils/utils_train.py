@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from utils import utils_dist
-from utils.utils_error import UserError
+from utils.utils_error import ArgumentParser, UserError
 from utils.utils_loader import EndlessBatchSampler, batches, training_loader
 from utils.utils_logger import Progress, close_file, setup
 from utils.utils_option import DatasetOptions, Options, parse, patch_size
@@ -37,7 +37,7 @@ def training_options(description: str | None, models: Sequence[str], argv: Seque
     Raises:
         UserError: the options are wrong, or they are for another script.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description)
     parser.add_argument("--opt", required=True, metavar="FILE", help="option file, JSON with // comments")
     parser.add_argument("override", nargs="*", metavar="key.path=value", help="e.g. train.iterations=1000")
     for kair in ("--launcher", "--local_rank", "--local-rank", "--dist"):
