@@ -2,12 +2,15 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from tests.conftest import GOLDEN
+from tests.conftest import GOLDEN, REPOSITORY
 from utils import utils_ssl
 from utils.utils_ssl import SelfSimilarityLoss, edge_mask, mask_stride_pattern, self_similarity_graph
 
@@ -306,6 +309,76 @@ def test_explicit_cpp_that_cannot_be_had_says_why(monkeypatch):
     monkeypatch.setattr(utils_ssl, "_load_cpp", lambda: "ninja is missing")
     with pytest.raises(ValueError, match="'cpp' cannot be had here: ninja is missing"):
         SelfSimilarityLoss(1, 1, ssl_mode="cpp")
+
+
+@pytest.mark.skipif(WHY_NO_CPP is not None, reason=f"no C++ kernels: {WHY_NO_CPP}")
+def test_the_compiled_operators_are_well_behaved_under_pytorch():
+    sr, hr = torch.rand(2, 3, 16, 18, requires_grad=True), torch.rand(2, 3, 16, 18)
+    mask = torch.rand(2, 1, 16, 18, generator=torch.Generator().manual_seed(0)) < 0.2
+    pixels = (mask[:, 0] == 1).nonzero(as_tuple=True)
+    torch.library.opcheck(torch.ops.similarity.distances.default, (sr, *pixels, 7, 3, True))
+    torch.library.opcheck(torch.ops.similarity.loss.default, (sr, hr, *pixels, 7, 3, True, 0.1, True, 1.0, 1.0, True))
+    graph = self_similarity_graph(sr, mask, 7, 3, 0.1, ssl_mode="cpp")
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.autograd.grad(graph.sum(), sr, create_graph=True)
+
+
+@pytest.mark.skipif(WHY_NO_CPP is not None, reason=f"no C++ kernels: {WHY_NO_CPP}")
+def test_threads_change_no_bit_of_the_compiled_loss():
+    gt, sr, mask = (x.float().repeat(1, 1, 3, 3) for x in published_pair())
+    results = []
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        x = sr.clone().requires_grad_()
+        loss = SelfSimilarityLoss(1000, 1000, ssl_mode="cpp")(x, gt, mask)
+        results.append((loss.item(), torch.autograd.grad(loss, x)[0]))
+        torch.set_num_threads(before)
+    assert results[0][0] == results[1][0]
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.skipif(WHY_NO_CPP is not None, reason=f"no C++ kernels: {WHY_NO_CPP}")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (dict(img=torch.rand(3, 16, 18)), "not of 3 dimensions"),
+        (dict(img=torch.rand(1, 3, 16, 18).half()), "float32 or float64"),
+        (dict(img=torch.rand(1, 3, 16, 3)), "16 x 3 pixels are too small"),
+        (dict(search=6), "search area 6"),
+        (dict(window=9), "window 9"),
+        (dict(row=torch.tensor([16])), "row 16"),
+        (dict(row=torch.tensor([1, 2])), "2 rows"),
+        (dict(row=torch.tensor([1.0])), "int64"),
+    ],
+)
+def test_the_compiled_operators_check_what_they_are_given(arguments, words):
+    one = torch.tensor([0])
+    img, row = arguments.get("img", torch.rand(1, 3, 16, 18)), arguments.get("row", one)
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.similarity.distances(img, one, row, one, arguments.get("search", 7), arguments.get("window", 3), True)
+
+
+def test_a_broken_compiler_is_named_and_the_loss_still_computed(tmp_path):
+    script = (
+        "import logging, torch; logging.basicConfig(level=logging.INFO, format='%(message)s')\n"
+        "from utils.utils_ssl import SelfSimilarityLoss\n"
+        "torch.manual_seed(0); a, b = torch.rand(2, 1, 3, 16, 18)\n"
+        "print(SelfSimilarityLoss(1, 1, 7, 3, 0.1)(a, b, torch.ones(1, 1, 16, 18)).item())\n"
+        "SelfSimilarityLoss(1, 1, ssl_mode='cpp')"
+    )
+    environment = {**os.environ, "CXX": "no-such-compiler", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert "auto takes boxsum (not cpp:" in done.stderr
+    assert "compiler none" in done.stderr
+    assert str(tmp_path) in done.stderr  # the cache folder
+    torch.manual_seed(0)
+    a, b = torch.rand(2, 1, 3, 16, 18)
+    expected = SelfSimilarityLoss(1, 1, 7, 3, 0.1, ssl_mode="boxsum")(a, b, torch.ones(1, 1, 16, 18)).item()
+    assert float(done.stdout) == pytest.approx(expected, rel=1e-5)  # float32 with other numbers of threads
+    assert "ValueError: ssl_mode 'cpp' cannot be had here" in done.stderr
 
 
 def test_nan_in_the_output_gives_a_nan_loss_in_every_form():
