@@ -1,6 +1,7 @@
 """The training loop, one for all scripts: it is handed the functions that build the model and the data sets."""
 
 import argparse
+import gc
 import logging
 import random
 import signal
@@ -66,12 +67,18 @@ def train(
     """
     device = utils_dist.init(opt.gpu_ids)
     setup(quiet=utils_dist.rank() > 0)
+    run = None
     try:
         with _StopSignals() as stop:
             run = _prepare(opt, define_Model, define_Dataset, check_dataset, device)
             if run is not None:
                 _loop(run, stop)
+        utils_dist.any_of(False, device)  # leave together: none tears the group down while another still works
     finally:
+        # The distributed wrappers go before the group: their C++ side holds it, and as the last holder waits for its
+        # threads with Python's lock in hand, for which these wait (seen to hang with PyTorch 2.6).
+        run = None
+        gc.collect()
         utils_dist.close()
         close_file()
     if stop.received:
