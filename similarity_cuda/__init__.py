@@ -17,8 +17,8 @@ _PIXELS = "Tensor image, Tensor row, Tensor column, int search, int window, bool
 _library.define(f"distances(Tensor img, {_PIXELS}) -> Tensor")
 _library.define(f"distances_backward(Tensor grad, Tensor img, {_PIXELS}) -> Tensor")
 _library.define(
-    f"loss(Tensor sr, Tensor hr, {_PIXELS}, float sigma, bool generalization, float l1_weight, float kl_weight, "
-    "bool with_gradient) -> (Tensor, Tensor, Tensor, Tensor)"
+    "loss(Tensor sr, Tensor hr, Tensor mask, int search, int window, bool zero_border, float sigma, "
+    "bool generalization, float l1_weight, float kl_weight, bool with_gradient) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -56,7 +56,7 @@ def _loss_context(ctx, inputs, output) -> None:
 
 
 def _loss_gradient(ctx, grad, *_):
-    return (grad * ctx.saved_tensors[0], *[None] * 12)
+    return (grad * ctx.saved_tensors[0], *[None] * 10)
 
 
 def _no_second_derivative(ctx, inputs, output) -> None:

@@ -1,11 +1,15 @@
 // The self-similarity op on the CPU: distances of masked pixels by box sums, tile by tile, and the fused loss.
 //
-// Notation as in utils/utils_ssl.py: k search area, w window, r = k / 2, f = w / 2. For one offset d the distance of a
-// pixel is the box sum over its window of the squared difference between the image and its shift by d, so neighbouring
-// pixels share it. A tile of the image and all it needs fit the caches; the offsets are the outer loops.
+// Notation as in utils/utils_ssl.py: k search area, w window, r = k / 2, f = w / 2, d an offset. With
+// q(x; d) = (I(x) - I(x + d))^2, summed over channels, the distance D(p; d) is a box sum of q(.; d) over the window of p,
+// so neighbouring pixels share it. And q(x; -d) = q(x - d; d): the same field of box sums serves the offset -d, read at
+// another place. So there is one field for each pair of offsets, 312 of them for k = 25.
 //
 // Where a window leaves the search area (border "zero", as published) its range of rows and columns shrinks, and the
 // energy of the template outside of that range is added. Each axis knows 2f + 1 such ranges, its "clips".
+//
+// The gradient is the adjoint of each step in reverse: scatter the incoming gradient of d and -d into one field, spread
+// it by box sums, multiply it by I(x) - I(x + d), add it at x and subtract it at x + d.
 //
 // Deterministic: every number is summed in an order that does not depend on threads.
 
@@ -17,6 +21,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -24,9 +29,74 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kTile = 32;   // side of a tile in pixels: its fields stay in the first-level cache
-constexpr int64_t kBlock = 16;  // pixels whose graphs are compared together
-constexpr double kEps = 1e-10;  // of the normalisation, and of the clamp in the KL term
+constexpr int64_t kRows = 32, kColumns = 128;  // of a tile, in pixels: its fields stay in the caches nearest to a core
+constexpr int64_t kBlock = 16;                 // pixels whose graphs are compared together
+constexpr double kEps = 1e-10;                 // of the normalisation, and of the clamp in the KL term
+
+// ------------------------------------------------------------------------------------------------------ vectors
+
+#if defined(__GNUC__)
+template <typename T>
+struct Vector_ {
+  typedef T Type __attribute__((vector_size(32)));
+};
+#else
+template <typename T>
+struct Vector_ {
+  struct Type {
+    T lane[32 / sizeof(T)];
+    friend Type operator+(Type a, const Type& b) { return a += b; }
+    friend Type operator-(Type a, const Type& b) { return a -= b; }
+    friend Type operator*(Type a, const Type& b) {
+      for (size_t i = 0; i < 32 / sizeof(T); ++i) a.lane[i] *= b.lane[i];
+      return a;
+    }
+    Type& operator+=(const Type& b) {
+      for (size_t i = 0; i < 32 / sizeof(T); ++i) lane[i] += b.lane[i];
+      return *this;
+    }
+    Type& operator-=(const Type& b) {
+      for (size_t i = 0; i < 32 / sizeof(T); ++i) lane[i] -= b.lane[i];
+      return *this;
+    }
+  };
+};
+#endif
+template <typename T>
+using Vector = typename Vector_<T>::Type;
+template <typename T>
+constexpr int64_t lanes = 32 / sizeof(T);
+
+// Lane by lane: a > b ? yes : no, also where a or b is NaN.
+template <typename V>
+inline V where_greater(V a, V b, V yes, V no) {
+#if defined(__GNUC__)
+  return a > b ? yes : no;
+#else
+  for (size_t i = 0; i < sizeof a.lane / sizeof a.lane[0]; ++i) yes.lane[i] = a.lane[i] > b.lane[i] ? yes.lane[i] : no.lane[i];
+  return yes;
+#endif
+}
+
+template <typename T>
+inline Vector<T> load(const T* from) {
+  Vector<T> value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+template <typename T>
+inline void store(T* to, const Vector<T>& value) {
+  std::memcpy(to, &value, sizeof value);
+}
+
+template <typename T>
+inline Vector<T> all(T value) {
+  T copies[lanes<T>];
+  std::fill_n(copies, lanes<T>, value);
+  return load(copies);
+}
+
+// ----------------------------------------------------------------------------------------------------- geometry
 
 struct Range {
   int64_t first, last;  // window indices [first, last) of 0 .. w that lie in the search area
@@ -37,24 +107,42 @@ struct Geometry {
   int64_t n, c, height, width, k, w, r, f;
   bool zero_border;
 
-  int64_t stride() const { return width + 2 * (r + f); }  // of a row of the padded image
-  int64_t plane() const { return (height + 2 * (r + f)) * stride(); }
+  int64_t reach() const { return zero_border ? r : r + f; }  // how far from a pixel the image is read
+  int64_t stride() const { return width + 2 * reach(); }     // of a row of the padded image
+  int64_t plane() const { return (height + 2 * reach()) * stride(); }
   int64_t clips() const { return zero_border ? 2 * f + 1 : 1; }
-  // 0: the whole window; 1 .. f: so many rows (columns) cut at the start; f + 1 .. 2f: so many less f at the end.
-  int64_t clip(int64_t i) const {
+  // Of an offset along one axis. 0: the whole window; 1 .. f: so many rows (columns) cut at the start; f + 1 .. 2f: so
+  // many, less f, cut at the end.
+  int64_t clip(int64_t offset) const {
     if (!zero_border) return 0;
-    const int64_t offset = i - r, start = -r - offset + f, end = offset + f - r;
-    return start > 0 ? start : end > 0 ? f + end : 0;
+    return std::max(int64_t(0), offset < 0 ? f - r - offset : offset > r - f ? 2 * f - r + offset : 0);
   }
   Range range(int64_t clip) const { return {clip <= f ? clip : 0, clip <= f ? w : w - (clip - f)}; }
 };
 
+// Along one axis: where the box sums that a pair of offsets needs begin, relative to the first pixel of a tile, how many
+// terms they have, and how far apart those of d and of -d lie.
+struct Axis {
+  int64_t start, count, apart;  // sums of `count` terms start at start .. start + tile size + apart
+  int64_t plus, minus;          // of these, the one of the tile's first pixel for d and for -d
+
+  Axis(const Geometry& g, int64_t offset) {
+    const int64_t of_plus = g.range(g.clip(offset)).first - g.f, of_minus = g.range(g.clip(-offset)).first - g.f - offset;
+    start = std::min(of_plus, of_minus);
+    count = g.range(g.clip(offset)).size();
+    apart = std::abs(of_plus - of_minus);
+    plus = of_plus - start, minus = of_minus - start;
+  }
+};
+
 struct Tile {
-  int64_t image, top, left, height, width, first, count;  // [first, first + count) of the pixels sorted by tile
+  int64_t index, image, top, left, height, width, first, count;  // [first, first + count) of the pixels sorted by tile
+  // Of a row of numbers, one for each pixel: whole blocks; what fills the last one up is computed along and not used.
+  int64_t pitch() const { return (count + kBlock - 1) / kBlock * kBlock; }
 };
 
 struct Pixels {
-  std::vector<int64_t> order, y, x;       // index in the caller's order; place inside the tile
+  std::vector<int64_t> order, y, x;        // index in the caller's order; place inside the tile
   std::vector<std::vector<Tile>> colours;  // tiles of one colour write to disjoint parts of the gradient
   int64_t tiles = 0;
 };
@@ -64,9 +152,9 @@ Pixels sort_into_tiles(const Tensor& image, const Tensor& row, const Tensor& col
   const int64_t m = image.numel();
   const int64_t *pi = image.const_data_ptr<int64_t>(), *py = row.const_data_ptr<int64_t>(),
                 *px = column.const_data_ptr<int64_t>();
-  const int64_t down = (g.height + kTile - 1) / kTile, across = (g.width + kTile - 1) / kTile;
+  const int64_t down = (g.height + kRows - 1) / kRows, across = (g.width + kColumns - 1) / kColumns;
   std::vector<int64_t> start(g.n * down * across + 1, 0);
-  auto tile_of = [&](int64_t p) { return (pi[p] * down + py[p] / kTile) * across + px[p] / kTile; };
+  auto tile_of = [&](int64_t p) { return (pi[p] * down + py[p] / kRows) * across + px[p] / kColumns; };
   for (int64_t p = 0; p < m; ++p) {
     TORCH_CHECK(pi[p] >= 0 && pi[p] < g.n && py[p] >= 0 && py[p] < g.height && px[p] >= 0 && px[p] < g.width,
                 "masked pixel ", p, " = (image ", pi[p], ", row ", py[p], ", column ", px[p], ") lies outside of ", g.n,
@@ -79,22 +167,70 @@ Pixels sort_into_tiles(const Tensor& image, const Tensor& row, const Tensor& col
   std::vector<int64_t> next(start.begin(), start.end() - 1);
   for (int64_t p = 0; p < m; ++p) {
     const int64_t at = next[tile_of(p)]++;
-    result.order[at] = p, result.y[at] = py[p] % kTile, result.x[at] = px[p] % kTile;
+    result.order[at] = p, result.y[at] = py[p] % kRows, result.x[at] = px[p] % kColumns;
   }
-  // A tile's gradient reaches r + f beyond it on each side, that is `apart` tiles further.
-  const int64_t apart = (kTile + g.w - 1 + g.k - 1 + kTile - 1) / kTile;
-  result.colours.resize(apart * apart);
+  // A tile's gradient reaches beyond it on each side: only every so-manieth tile may run beside it.
+  const int64_t every_y = (2 * g.reach() + 2 * kRows - 1) / kRows, every_x = (2 * g.reach() + 2 * kColumns - 1) / kColumns;
+  result.colours.resize(every_y * every_x);
   for (int64_t i = 0; i < g.n; ++i)
     for (int64_t ty = 0; ty < down; ++ty)
       for (int64_t tx = 0; tx < across; ++tx) {
         const int64_t t = (i * down + ty) * across + tx, count = start[t + 1] - start[t];
         if (!count) continue;
-        result.colours[(ty % apart) * apart + tx % apart].push_back(
-            {i, ty * kTile, tx * kTile, std::min(kTile, g.height - ty * kTile), std::min(kTile, g.width - tx * kTile),
-             start[t], count});
-        ++result.tiles;
+        int64_t* const y = result.y.data() + start[t];  // cut to what holds its pixels
+        int64_t* const x = result.x.data() + start[t];
+        const auto [top, bottom] = std::minmax_element(y, y + count);
+        const auto [left, right] = std::minmax_element(x, x + count);
+        const Tile tile{result.tiles++,     i, ty * kRows + *top,  tx * kColumns + *left,
+                        *bottom - *top + 1, *right - *left + 1, start[t], count};
+        for (int64_t p = 0; p < count; ++p) y[p] += ty * kRows - tile.top, x[p] += tx * kColumns - tile.left;
+        result.colours[(ty % every_y) * every_x + tx % every_x].push_back(tile);
       }
   return result;
+}
+
+// ------------------------------------------------------------------------------------------------------ box sums
+
+// emit(y, read(y) + ... + read(y + n - 1)) for y < rows. Rows are taken in blocks of n: a sum is the end of one block and
+// the beginning of the next, so it costs three additions whatever n is, and nothing is subtracted that could cancel.
+// N = n where that is known to the compiler, which then keeps the block in registers; else 0, and `block` holds it.
+template <int N, typename T, typename Read, typename Emit>
+inline void sums_down(int64_t n, int64_t rows, Vector<T>* block, const Read& read, const Emit& emit) {
+  Vector<T> registers[N > 0 ? N : 1];
+  Vector<T>* const ends = N > 0 ? registers : block;
+  const int64_t size = N > 0 ? N : n;
+#pragma GCC unroll 9
+  for (int64_t t = 0; t < size; ++t) ends[t] = read(t);
+  for (int64_t y = 0;; y += size) {
+#pragma GCC unroll 9
+    for (int64_t t = size - 2; t >= 0; --t) ends[t] += ends[t + 1];
+    Vector<T> beginning{};
+#pragma GCC unroll 9
+    for (int64_t t = 0; t < size; ++t) {
+      emit(y + t, ends[t] + beginning);
+      if (y + t + 1 == rows) return;
+      beginning += ends[t] = read(y + size + t);
+    }
+  }
+}
+
+// Calls f with a compile-time n where there is one (in float32, up to 9), else with 0.
+template <typename T, typename F>
+void with_constant(int64_t n, const F& f) {
+  if constexpr (sizeof(T) == 4) {
+    switch (n) {
+      case 1: return f(std::integral_constant<int, 1>());
+      case 2: return f(std::integral_constant<int, 2>());
+      case 3: return f(std::integral_constant<int, 3>());
+      case 4: return f(std::integral_constant<int, 4>());
+      case 5: return f(std::integral_constant<int, 5>());
+      case 6: return f(std::integral_constant<int, 6>());
+      case 7: return f(std::integral_constant<int, 7>());
+      case 8: return f(std::integral_constant<int, 8>());
+      case 9: return f(std::integral_constant<int, 9>());
+    }
+  }
+  f(std::integral_constant<int, 0>());
 }
 
 // out[i] (+)= in[i] + in[i + shift] + ... (N terms), i < length.
@@ -108,7 +244,7 @@ void few_sums(const T* __restrict in, T* __restrict out, int64_t length, int64_t
 }
 
 template <bool kAdd, typename T>
-void up_to_nine(const T* in, T* out, int64_t length, int64_t count, int64_t shift) {
+void up_to_six(const T* in, T* out, int64_t length, int64_t count, int64_t shift) {
   switch (count) {
     case 1: return few_sums<1, kAdd>(in, out, length, shift);
     case 2: return few_sums<2, kAdd>(in, out, length, shift);
@@ -116,29 +252,283 @@ void up_to_nine(const T* in, T* out, int64_t length, int64_t count, int64_t shif
     case 4: return few_sums<4, kAdd>(in, out, length, shift);
     case 5: return few_sums<5, kAdd>(in, out, length, shift);
     case 6: return few_sums<6, kAdd>(in, out, length, shift);
-    case 7: return few_sums<7, kAdd>(in, out, length, shift);
-    case 8: return few_sums<8, kAdd>(in, out, length, shift);
-    case 9: return few_sums<9, kAdd>(in, out, length, shift);
   }
 }
 
-// The same for any count: up to 9 terms directly, more as sums of sums of 5. Nothing is subtracted, so that nothing
-// cancels as it would in a running sum. Rows of a field lie one behind the other: what is summed across their ends is
-// not read.
+// out[i] = in[i] + ... + in[i + count - 1], i < length: up to 6 terms directly, more as sums of sums of 3 or 5. Rows of a
+// field lie one behind the other: what is summed across their ends is not used. scratch: length + count numbers.
 template <typename T>
-void box_sums(const T* in, T* out, T* scratch, int64_t length, int64_t count, int64_t shift) {
-  if (count <= 9) return up_to_nine<false>(in, out, length, count, shift);
-  const int64_t fives = count / 5, rest = count % 5;
-  few_sums<5, false>(in, scratch, length + (fives - 1) * 5 * shift, shift);
-  for (int64_t n = 0; n < fives; n += 9) {
-    const int64_t now = std::min<int64_t>(9, fives - n);
-    if (n == 0)
-      up_to_nine<false>(scratch, out, length, now, 5 * shift);
-    else
-      up_to_nine<true>(scratch + n * 5 * shift, out, length, now, 5 * shift);
-  }
-  if (rest) up_to_nine<true>(in + fives * 5 * shift, out, length, rest, shift);
+void sums_along(const T* in, T* out, T* scratch, int64_t length, int64_t count) {
+  if (count <= 6) return up_to_six<false>(in, out, length, count, 1);
+  const int64_t inner = count <= 18 ? 3 : 5, groups = count / inner, rest = count % inner;
+  up_to_six<false>(in, scratch, length + (groups - 1) * inner, inner, 1);
+  up_to_six<false>(scratch, out, length, std::min<int64_t>(groups, 6), inner);
+  for (int64_t n = 6; n < groups; n += 6)
+    up_to_six<true>(scratch + n * inner, out, length, std::min<int64_t>(groups - n, 6), inner);
+  if (rest) up_to_six<true>(in + groups * inner, out, length, rest, 1);
 }
+
+// -------------------------------------------------------------------------------------------------------- tiles
+
+// Everything one thread needs for a tile.
+template <typename T>
+struct Workspace {
+  const Geometry& g;
+  std::vector<T> field, sums, scratch, energy, inside, outside, clipped, grad_here, grad_there, block_memory;
+
+  explicit Workspace(const Geometry& geometry) : g(geometry), block_memory((geometry.w + 1) * lanes<T>) {
+    const int64_t size = (kRows + apart() + 2 * (g.w - 1)) * margined(kColumns) + g.w + lanes<T>;
+    for (auto* buffer : {&field, &sums, &scratch, &energy, &inside, &outside}) buffer->assign(size, T(0));
+  }
+  Vector<T>* block() {
+    void* memory = block_memory.data();
+    size_t space = block_memory.size() * sizeof(T);
+    return static_cast<Vector<T>*>(std::align(sizeof(Vector<T>), g.w * sizeof(Vector<T>), memory, space));
+  }
+  int64_t apart() const { return g.zero_border ? g.r - g.f : g.r; }  // the most of Axis::apart
+  // Strides of fields of box sums, and of those with w - 1 zeros on both sides; whole vectors may be read.
+  int64_t plain(int64_t width) const { return rounded(width + apart() + g.w - 1); }
+  int64_t margined(int64_t width) const { return rounded(width + apart() + 2 * (g.w - 1) + lanes<T>); }
+  // Of the gradient around a tile.
+  int64_t grad_stride(const Tile& tile) const { return rounded(tile.width + 2 * g.reach() + lanes<T>); }
+  int64_t grad_plane(const Tile& tile) const { return (tile.height + 2 * g.reach()) * grad_stride(tile); }
+
+ private:
+  static int64_t rounded(int64_t width) { return (width + lanes<T> - 1) / lanes<T> * lanes<T>; }
+};
+
+// The place of a tile's first pixel in the padded image.
+template <typename T>
+const T* origin(const T* padded, const Geometry& g, const Tile& tile) {
+  return padded + tile.image * g.c * g.plane() + (tile.top + g.reach()) * g.stride() + tile.left + g.reach();
+}
+
+// Squared difference, summed over channels, of two vectors of pixels. C = 0: any number of channels.
+template <int C, typename T>
+inline Vector<T> squares(const T* here, const T* there, int64_t channels, int64_t plane) {
+  Vector<T> difference = load(here) - load(there), sum = difference * difference;
+  for (int64_t c = 1; c < (C ? C : channels); ++c) {
+    difference = load(here + c * plane) - load(there + c * plane);
+    sum += difference * difference;
+  }
+  return sum;
+}
+
+// f(dy, dx) for one offset of each pair.
+template <typename F>
+void for_each_pair(int64_t r, const F& f) {
+  for (int64_t dy = 0; dy <= r; ++dy)
+    for (int64_t dx = dy ? -r : 1; dx <= r; ++dx) f(dy, dx);
+}
+
+// Energies of the template where its window leaves the search area, for each pair of clips: out[clip * pitch + p].
+template <typename T>
+void outside_energies(const T* base, const Geometry& g, const Pixels& pixels, const Tile& tile, Workspace<T>& s) {
+  const int64_t w = g.w, clips = g.clips(), stride = s.plain(tile.width), length = tile.width + w - 1, pitch = tile.pitch();
+  const int64_t *y_of = pixels.y.data() + tile.first, *x_of = pixels.x.data() + tile.first;
+  for (int64_t y = 0; y < tile.height + w - 1; ++y)
+    for (int64_t x = 0; x < length; ++x) {
+      T sum = 0;
+      for (int64_t c = 0; c < g.c; ++c) {
+        const T value = base[c * g.plane() + (y - g.f) * g.stride() + x - g.f];
+        sum += value * value;
+      }
+      s.energy[y * stride + x] = sum;
+    }
+  s.clipped.resize(clips * clips * pitch);
+  for (int64_t a = 0; a < clips; ++a) {
+    const Range down = g.range(a);
+    for (int64_t y = 0; y < tile.height; ++y) {
+      T *__restrict in = s.inside.data() + y * stride, *__restrict out = s.outside.data() + y * stride;
+      std::fill(in, in + length, T(0));
+      std::fill(out, out + length, T(0));
+      for (int64_t u = 0; u < w; ++u) {
+        const T* __restrict row = s.energy.data() + (y + u) * stride;
+        T* __restrict target = u >= down.first && u < down.last ? in : out;
+        for (int64_t x = 0; x < length; ++x) target[x] += row[x];
+      }
+    }
+    sums_along(s.outside.data(), s.sums.data(), s.scratch.data(), (tile.height - 1) * stride + tile.width, w);
+    T* all = s.clipped.data() + a * clips * pitch;  // rows outside, all columns; then those outside of a clip
+    for (int64_t p = 0; p < tile.count; ++p) {
+      const int64_t at = y_of[p] * stride + x_of[p];
+      T start = s.sums[at], end = start;
+      all[p] = start;
+      for (int64_t b = 1; b <= g.f; ++b) {
+        all[b * pitch + p] = start += s.inside[at + b - 1];
+        all[(g.f + b) * pitch + p] = end += s.inside[at + w - b];
+      }
+    }
+  }
+}
+
+// Distances (sums of squares, not normalised) of a tile's masked pixels: out[d * pitch + p]. With the pixels innermost
+// every later step runs along them, and the writes stay on few pages.
+template <typename T>
+void tile_distances(const T* padded, const Geometry& g, const Pixels& pixels, const Tile& tile, Workspace<T>& s, T* out) {
+  const int64_t *y_of = pixels.y.data() + tile.first, *x_of = pixels.x.data() + tile.first;
+  const int64_t kk = g.k * g.k, stride = s.plain(tile.width), count = tile.count, pitch = tile.pitch();
+  const int64_t channels = g.c, line = g.stride(), plane = g.plane();
+  const T* base = origin(padded, g, tile);
+  std::fill_n(out + kk / 2 * pitch, count, T(0));
+  for_each_pair(g.r, [&](int64_t dy, int64_t dx) {
+    const Axis down(g, dy), across(g, dx);
+    const int64_t rows = tile.height + down.apart, columns = tile.width + across.apart;
+    const T* here = base + down.start * line + across.start;
+    const T* there = here + dy * line + dx;
+    // Captured by value: the compiler keeps in registers what no store can change.
+    with_constant<T>(down.count, [=, &s](auto n) {
+      for (int64_t x = 0; x < columns + across.count - 1; x += lanes<T>) {
+        const auto sum_up = [=, &s](auto read) {
+          T* to = s.field.data() + x;
+          const auto emit = [=](int64_t y, Vector<T> sum) { store(to + y * stride, sum); };
+          sums_down<decltype(n)::value, T>(down.count, rows, s.block(), read, emit);
+        };
+        if (channels == 3)
+          sum_up([=](int64_t y) { return squares<3>(here + y * line + x, there + y * line + x, 3, plane); });
+        else
+          sum_up([=](int64_t y) { return squares<0>(here + y * line + x, there + y * line + x, channels, plane); });
+      }
+    });
+    sums_along(s.field.data(), s.sums.data(), s.scratch.data(), (rows - 1) * stride + columns, across.count);
+    const int64_t d = (dy + g.r) * g.k + dx + g.r;
+    T *__restrict plus = out + d * pitch, *__restrict minus = out + (kk - 1 - d) * pitch;
+    const T *of_plus = s.sums.data() + down.plus * stride + across.plus,
+            *of_minus = s.sums.data() + down.minus * stride + across.minus;
+    for (int64_t p = 0; p < count; ++p) {
+      const int64_t at = y_of[p] * stride + x_of[p];
+      plus[p] = of_plus[at], minus[p] = of_minus[at];
+    }
+  });
+  if (g.clips() == 1) return;
+  outside_energies(base, g, pixels, tile, s);
+  for (int64_t d = 0; d < kk; ++d) {
+    const int64_t clip = g.clip(d / g.k - g.r) * g.clips() + g.clip(d % g.k - g.r);
+    if (!clip) continue;
+    const T* __restrict outside = s.clipped.data() + clip * pitch;
+    T* __restrict target = out + d * pitch;
+    for (int64_t p = 0; p < count; ++p) target[p] += outside[p];
+  }
+}
+
+// Adjoint of the energies: adds to s.grad_here what the template's own squares weigh.
+template <typename T>
+void outside_backward(const T* base, const Geometry& g, const Pixels& pixels, const Tile& tile, Workspace<T>& s,
+                      const T* grads) {
+  const int64_t w = g.w, clips = g.clips(), stride = s.margined(tile.width), count = tile.count, pitch = tile.pitch();
+  const int64_t *y_of = pixels.y.data() + tile.first, *x_of = pixels.x.data() + tile.first;
+  const int64_t length = tile.width + w - 1;
+  s.clipped.assign(clips * clips * pitch, T(0));
+  for (int64_t d = 0; d < g.k * g.k; ++d) {
+    const int64_t clip = g.clip(d / g.k - g.r) * clips + g.clip(d % g.k - g.r);
+    if (!clip) continue;
+    T* __restrict target = s.clipped.data() + clip * pitch;
+    const T* __restrict from = grads + d * pitch;
+    for (int64_t p = 0; p < count; ++p) target[p] += 2 * from[p];
+  }
+  std::fill(s.energy.begin(), s.energy.end(), T(0));  // the weight of each of the template's squares
+  for (int64_t a = 0; a < clips; ++a) {
+    const Range down = g.range(a);
+    std::fill(s.inside.begin(), s.inside.end(), T(0));
+    std::fill(s.field.begin(), s.field.end(), T(0));
+    for (int64_t p = 0; p < count; ++p) {
+      const T* of = s.clipped.data() + a * clips * pitch + p;
+      T* in = s.inside.data() + y_of[p] * stride + x_of[p];
+      T start = 0, end = 0;
+      for (int64_t b = g.f; b >= 1; --b) {
+        in[b - 1] += start += of[b * pitch];
+        in[w - b] += end += of[(g.f + b) * pitch];
+      }
+      s.field[y_of[p] * stride + w - 1 + x_of[p]] = of[0] + start + end;
+    }
+    sums_along(s.field.data(), s.outside.data(), s.scratch.data(), (tile.height - 1) * stride + length, w);
+    for (int64_t y = 0; y < tile.height; ++y)
+      for (int64_t u = 0; u < w; ++u) {
+        const auto& rows = u >= down.first && u < down.last ? s.inside : s.outside;
+        const T* __restrict from = rows.data() + y * stride;
+        T* __restrict target = s.energy.data() + (y + u) * stride;
+        for (int64_t x = 0; x < length; ++x) target[x] += from[x];
+      }
+  }
+  const int64_t to_stride = s.grad_stride(tile), corner = g.reach() - g.f;
+  for (int64_t c = 0; c < g.c; ++c)
+    for (int64_t y = 0; y < tile.height + w - 1; ++y) {
+      const T* image = base + c * g.plane() + (y - g.f) * g.stride() - g.f;
+      T* __restrict target = s.grad_here.data() + c * s.grad_plane(tile) + (corner + y) * to_stride + corner;
+      for (int64_t x = 0; x < length; ++x) target[x] += s.energy[y * stride + x] * image[x];
+    }
+}
+
+// Adds to grad (of the padded image) the gradient through a tile's distances; grads[d * pitch + p] = dL / d distance.
+template <typename T>
+void tile_backward(const T* padded, T* grad, const Geometry& g, const Pixels& pixels, const Tile& tile, Workspace<T>& s,
+                   const T* grads) {
+  const int64_t *y_of = pixels.y.data() + tile.first, *x_of = pixels.x.data() + tile.first;
+  const int64_t kk = g.k * g.k, margin = g.w - 1, stride = s.margined(tile.width), count = tile.count;
+  const int64_t pitch = tile.pitch(), to_line = s.grad_stride(tile), to_plane = s.grad_plane(tile);
+  const int64_t channels = g.c, line = g.stride(), plane = g.plane();
+  const T* base = origin(padded, g, tile);
+  // A pixel's gradient as the centre's and as the candidate's are kept apart: what one step stores, the next does not
+  // load, which the processor would have to wait for.
+  s.grad_here.assign(g.c * to_plane, T(0));
+  s.grad_there.assign(g.c * to_plane, T(0));
+  std::fill(s.field.begin(), s.field.end(), T(0));
+  for_each_pair(g.r, [&](int64_t dy, int64_t dx) {
+    const Axis down(g, dy), across(g, dx);
+    const int64_t starts = tile.height + down.apart, rows = starts + down.count - 1;
+    const int64_t columns = tile.width + across.apart + across.count - 1;
+    const int64_t d = (dy + g.r) * g.k + dx + g.r;
+    const T *plus = grads + d * pitch, *minus = grads + (kk - 1 - d) * pitch;
+    T *of_plus = s.field.data() + down.plus * stride + margin + across.plus,
+      *of_minus = s.field.data() + down.minus * stride + margin + across.minus;
+    for (int64_t p = 0; p < count; ++p) of_plus[y_of[p] * stride + x_of[p]] = 2 * plus[p];
+    for (int64_t p = 0; p < count; ++p) of_minus[y_of[p] * stride + x_of[p]] += 2 * minus[p];
+    T* along = s.sums.data() + margin * stride;
+    std::fill_n(along - (down.count - 1) * stride, (down.count - 1) * stride, T(0));
+    sums_along(s.field.data() + g.w - across.count, along, s.scratch.data(), starts * stride - g.w, across.count);
+    std::fill_n(along + starts * stride, (down.count - 1) * stride, T(0));
+    for (int64_t p = 0; p < count; ++p)
+      of_plus[y_of[p] * stride + x_of[p]] = of_minus[y_of[p] * stride + x_of[p]] = T(0);
+
+    const T* first = along - (down.count - 1) * stride;
+    const T* here = base + down.start * line + across.start;
+    const T* there = here + dy * line + dx;
+    T* to_here = s.grad_here.data() + (g.reach() + down.start) * to_line + g.reach() + across.start;
+    T* to_there = s.grad_there.data() + (to_here - s.grad_here.data()) + dy * to_line + dx;
+    with_constant<T>(down.count, [=, &s](auto n) {
+      for (int64_t x = 0; x < columns; x += lanes<T>) {
+        const auto spread = [=, &s](auto constant) {
+          const int64_t all_channels = decltype(constant)::value ? decltype(constant)::value : channels;
+          const auto read = [=](int64_t y) { return load(first + y * stride + x); };
+          const auto emit = [=](int64_t y, Vector<T> weight) {
+            for (int64_t c = 0; c < all_channels; ++c) {
+              const int64_t at = c * plane + y * line + x, to = c * to_plane + y * to_line + x;
+              const Vector<T> flow = weight * (load(here + at) - load(there + at));
+              store(to_here + to, load(to_here + to) + flow);
+              store(to_there + to, load(to_there + to) - flow);
+            }
+          };
+          sums_down<decltype(n)::value, T>(down.count, rows, s.block(), read, emit);
+        };
+        if (channels == 3)
+          spread(std::integral_constant<int64_t, 3>());
+        else
+          spread(std::integral_constant<int64_t, 0>());
+      }
+    });
+  });
+  if (g.clips() > 1) outside_backward(base, g, pixels, tile, s, grads);
+  T* corner = grad + (base - padded) - g.reach() * g.stride() - g.reach();
+  for (int64_t c = 0; c < g.c; ++c)
+    for (int64_t y = 0; y < tile.height + 2 * g.reach(); ++y) {
+      const int64_t from = c * to_plane + y * to_line;
+      T* target = corner + c * g.plane() + y * g.stride();
+      for (int64_t x = 0; x < tile.width + 2 * g.reach(); ++x)
+        target[x] += s.grad_here[from + x] + s.grad_there[from + x];
+    }
+}
+
+// --------------------------------------------------------------------------------------- the graphs' comparison
 
 // exp(x) for x <= 0, as a loop that compilers vectorise; below the normal numbers it is 0. Relative error about 1e-7.
 inline void exp_row(float* __restrict x, int64_t n) {
@@ -166,213 +556,6 @@ inline void exp_row(double* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] = std::exp(x[i]);
 }
 
-// Everything one thread needs for a tile.
-template <typename T>
-struct Workspace {
-  const Geometry& g;
-  int64_t span, stride;  // of fields: the tile and w - 1 on each side
-  std::vector<T> squares, scratch, rows, field, spread, energy, grad_template, weights;
-  std::vector<T> window, clipped, outside;
-
-  explicit Workspace(const Geometry& geometry) : g(geometry) {
-    span = stride = kTile + 2 * (g.w - 1);
-    const int64_t size = span * stride + 64;
-    for (auto* buffer : {&squares, &scratch, &rows, &field, &spread, &energy, &weights}) buffer->assign(size, T(0));
-    grad_template.assign(g.c * size, T(0));
-    window.assign(g.w * g.w + g.w * g.clips() + g.w, T(0));
-    clipped.assign(g.clips() * g.clips() + g.clips() * (g.w + 1), T(0));
-  }
-};
-
-// target[x] = sum over C channels of the squared difference of two lines; with C = 1 it is added.
-template <int C, typename T>
-void squares_of(const T* __restrict here, const T* __restrict there, int64_t plane, T* __restrict target, int64_t n) {
-  for (int64_t x = 0; x < n; ++x) {
-    T sum = C == 1 ? target[x] : T(0);
-    for (int c = 0; c < C; ++c) {
-      const T difference = here[c * plane + x] - there[c * plane + x];
-      sum += difference * difference;
-    }
-    target[x] = sum;
-  }
-}
-
-// The first pixel of the template of a tile: window index (0, 0) of the tile's pixel (0, 0), in the padded image.
-template <typename T>
-const T* template_of(const T* padded, const Geometry& g, const Tile& tile) {
-  return padded + tile.image * g.c * g.plane() + (tile.top + g.r) * g.stride() + tile.left + g.r;
-}
-
-// Distances (sums of squares, not normalised) of a tile's masked pixels: out[d * count + p]. With the pixels innermost
-// every later step runs along them, and the writes stay on few pages.
-template <typename T>
-void tile_distances(const T* padded, const Geometry& g, const Pixels& pixels, const Tile& tile, Workspace<T>& s, T* out) {
-  const int64_t w = g.w;
-  const int64_t *y_of = pixels.y.data() + tile.first, *x_of = pixels.x.data() + tile.first;
-  const T* base = template_of(padded, g, tile);
-  const int64_t stride = tile.width + w - 1;
-  for (int64_t i = 0; i < g.k; ++i) {
-    const Range down = g.range(g.clip(i));
-    const int64_t rows = tile.height + down.size() - 1;
-    for (int64_t j = 0; j < g.k; ++j) {
-      const Range across = g.range(g.clip(j));
-      const int64_t columns = tile.width + across.size() - 1;
-      for (int64_t y = 0; y < rows; ++y) {
-        T* __restrict target = s.squares.data() + y * stride;
-        const T* here = base + (y + down.first) * g.stride() + across.first;
-        const T* there = here + (i - g.r) * g.stride() + (j - g.r);
-        if (g.c == 3)
-          squares_of<3>(here, there, g.plane(), target, columns);
-        else {
-          std::fill(target, target + columns, T(0));
-          for (int64_t c = 0; c < g.c; ++c) squares_of<1>(here + c * g.plane(), there + c * g.plane(), 0, target, columns);
-        }
-      }
-      box_sums(s.squares.data(), s.rows.data(), s.scratch.data(), (tile.height - 1) * stride + columns,
-               down.size(), stride);
-      box_sums(s.rows.data(), s.field.data(), s.scratch.data(), (tile.height - 1) * stride + tile.width,
-               across.size(), int64_t(1));
-      T* __restrict target = out + (i * g.k + j) * tile.count;
-      for (int64_t p = 0; p < tile.count; ++p) target[p] = s.field[y_of[p] * stride + x_of[p]];
-    }
-  }
-  if (g.clips() == 1) return;
-  // The energy of the template where the window leaves the search area.
-  const int64_t clips = g.clips();
-  for (int64_t y = 0; y < tile.height + w - 1; ++y)
-    for (int64_t x = 0; x < stride; ++x) {
-      T sum = 0;
-      for (int64_t c = 0; c < g.c; ++c) {
-        const T value = base[c * g.plane() + y * g.stride() + x];
-        sum += value * value;
-      }
-      s.energy[y * stride + x] = sum;
-    }
-  T* whole = s.window.data();    // [w]: sums of the window's rows
-  T* cut = s.window.data() + w;  // [w][clips]: of their parts outside of each range of columns
-  s.outside.resize(clips * clips * tile.count);
-  for (int64_t p = 0; p < tile.count; ++p) {
-    const T* e = s.energy.data() + y_of[p] * stride + x_of[p];
-    for (int64_t u = 0; u < w; ++u) {
-      const T* line = e + u * stride;
-      T sum = 0;
-      for (int64_t v = 0; v < w; ++v) sum += line[v];
-      whole[u] = sum;
-      T start = 0, end = 0;
-      cut[u * clips] = 0;
-      for (int64_t v = 1; v <= g.f; ++v) {
-        cut[u * clips + v] = start += line[v - 1];
-        cut[u * clips + g.f + v] = end += line[w - v];
-      }
-    }
-    for (int64_t a = 0; a < clips; ++a) {
-      const Range down = g.range(a);
-      T* target = s.clipped.data();
-      T rows_outside = 0;
-      for (int64_t u = 0; u < w; ++u)
-        if (u < down.first || u >= down.last) rows_outside += whole[u];
-      for (int64_t b = 0; b < clips; ++b) target[b] = rows_outside;
-      for (int64_t u = down.first; u < down.last; ++u)
-        for (int64_t b = 0; b < clips; ++b) target[b] += cut[u * clips + b];
-      for (int64_t b = 0; b < clips; ++b) s.outside[(a * clips + b) * tile.count + p] = target[b];
-    }
-  }
-  for (int64_t i = 0; i < g.k; ++i)
-    for (int64_t j = 0; j < g.k; ++j) {
-      const int64_t clip = g.clip(i) * clips + g.clip(j);
-      if (!clip) continue;
-      const T* __restrict outside = s.outside.data() + clip * tile.count;
-      T* __restrict target = out + (i * g.k + j) * tile.count;
-      for (int64_t p = 0; p < tile.count; ++p) target[p] += outside[p];
-    }
-}
-
-// Adds to grad (of the padded image) the gradient through a tile's distances; grads[d * count + p] = dL / d distance.
-template <typename T>
-void tile_backward(const T* padded, T* grad, const Geometry& g, const Pixels& pixels, const Tile& tile, Workspace<T>& s,
-                   const T* grads) {
-  const int64_t w = g.w, margin = w - 1;
-  const int64_t *y_of = pixels.y.data() + tile.first, *x_of = pixels.x.data() + tile.first;
-  const T* base = template_of(padded, g, tile);
-  T* grad_base = grad + (base - padded);
-  const int64_t stride = tile.width + 2 * margin;  // of a field with a margin of zeros
-  const int64_t template_stride = tile.width + w - 1, template_size = (tile.height + w - 1) * template_stride;
-  std::fill(s.field.begin(), s.field.end(), T(0));
-  std::fill(s.rows.begin(), s.rows.end(), T(0));
-  std::fill(s.grad_template.begin(), s.grad_template.end(), T(0));
-  for (int64_t i = 0; i < g.k; ++i) {
-    const Range down = g.range(g.clip(i));
-    const int64_t rows = tile.height + down.size() - 1;
-    for (int64_t j = 0; j < g.k; ++j) {
-      const Range across = g.range(g.clip(j));
-      const int64_t columns = tile.width + across.size() - 1;
-      // Each gradient, spread over its window: the adjoint of a box sum is a box sum over a margin of zeros.
-      const T* from = grads + (i * g.k + j) * tile.count;
-      for (int64_t p = 0; p < tile.count; ++p) s.field[y_of[p] * stride + margin + x_of[p]] = 2 * from[p];
-      box_sums(s.field.data() + w - across.size(), s.rows.data() + margin * stride, s.scratch.data(),
-               (tile.height - 1) * stride + columns, across.size(), int64_t(1));
-      box_sums(s.rows.data() + (w - down.size()) * stride, s.spread.data(), s.scratch.data(),
-               (rows - 1) * stride + columns, down.size(), stride);
-      for (int64_t c = 0; c < g.c; ++c)
-        for (int64_t y = 0; y < rows; ++y) {
-          const int64_t line = c * g.plane() + (y + down.first) * g.stride() + across.first;
-          const T* __restrict here = base + line;
-          const T* __restrict there = here + (i - g.r) * g.stride() + (j - g.r);
-          const T* __restrict weight = s.spread.data() + y * stride;
-          T* __restrict to_here =
-              s.grad_template.data() + c * template_size + (y + down.first) * template_stride + across.first;
-          T* __restrict to_there = grad_base + line + (i - g.r) * g.stride() + (j - g.r);
-          for (int64_t x = 0; x < columns; ++x) {
-            const T flow = weight[x] * (here[x] - there[x]);
-            to_here[x] += flow;
-            to_there[x] -= flow;
-          }
-        }
-    }
-  }
-  if (g.clips() > 1) {
-    // Of the template's energy outside of the search area: how often each of its pixels was counted.
-    const int64_t clips = g.clips();
-    std::fill(s.weights.begin(), s.weights.end(), T(0));
-    T* by_clip = s.clipped.data();              // [clips][clips]
-    T* by_column = by_clip + clips * clips;     // [clips][w]
-    T* by_row = by_column + clips * w;          // [clips]
-    for (int64_t p = 0; p < tile.count; ++p) {
-      std::fill(s.clipped.begin(), s.clipped.end(), T(0));
-      for (int64_t i = 0; i < g.k; ++i)
-        for (int64_t j = 0; j < g.k; ++j) 
-          by_clip[g.clip(i) * clips + g.clip(j)] += 2 * grads[(i * g.k + j) * tile.count + p];
-      for (int64_t a = 0; a < clips; ++a)
-        for (int64_t b = 0; b < clips; ++b) {
-          const Range across = g.range(b);
-          const T value = by_clip[a * clips + b];
-          by_row[a] += value;
-          for (int64_t v = 0; v < across.first; ++v) by_column[a * w + v] += value;
-          for (int64_t v = across.last; v < w; ++v) by_column[a * w + v] += value;
-        }
-      T* target = s.weights.data() + y_of[p] * template_stride + x_of[p];
-      for (int64_t a = 0; a < clips; ++a) {
-        const Range down = g.range(a);
-        for (int64_t u = 0; u < w; ++u) {
-          const bool inside = u >= down.first && u < down.last;
-          for (int64_t v = 0; v < w; ++v)
-            target[u * template_stride + v] += inside ? by_column[a * w + v] : by_row[a];
-        }
-      }
-    }
-    for (int64_t c = 0; c < g.c; ++c)
-      for (int64_t y = 0; y < tile.height + w - 1; ++y)
-        for (int64_t x = 0; x < template_stride; ++x)
-          s.grad_template[c * template_size + y * template_stride + x] +=
-              s.weights[y * template_stride + x] * base[c * g.plane() + y * g.stride() + x];
-  }
-  for (int64_t c = 0; c < g.c; ++c)
-    for (int64_t y = 0; y < tile.height + w - 1; ++y)
-      for (int64_t x = 0; x < template_stride; ++x)
-        grad_base[c * g.plane() + y * g.stride() + x] +=
-            s.grad_template[c * template_size + y * template_stride + x];
-}
-
 // What the loss needs besides distances.
 template <typename T>
 struct Terms {
@@ -382,21 +565,21 @@ struct Terms {
 };
 
 // Compares the graphs of kBlock pixels and replaces X, their distances in the output, by the gradient of the loss.
-// X and Y (those of the ground truth) are [d][count], of which the block is the columns [0, here). Sums of L1 and KL are
-// added to l1 and kl. scratch: 4 k^2 kBlock numbers.
+// X and Y (those of the ground truth) are [d][pitch], of which the block is the first columns; `here` of them are pixels,
+// the others are computed and left out of the sums of L1 and KL, which are added to l1 and kl. scratch: 2 k^2 kBlock
+// numbers.
 template <typename T>
-void compare(T* X, const T* Y, int64_t count, int64_t here, int64_t k, const Terms<T>& terms, T* scratch, double& l1,
-             double& kl) {
-  const int64_t kk = k * k, size = kk * kBlock;
-  T *ln_x = scratch, *ln_t = scratch + size, *s_x = scratch + 2 * size, *s_t = scratch + 3 * size;
+void compare(T* __restrict X, const T* __restrict Y, int64_t pitch, int64_t here, int64_t k, const Terms<T>& terms,
+             T* __restrict scratch, double& l1, double& kl) {
+  const int64_t kk = k * k;
+  T *__restrict s_x = scratch, *__restrict s_t = scratch + kk * kBlock;
   for (int64_t d = 0; d < kk; ++d)
     for (int64_t b = 0; b < kBlock; ++b) {
-      const int64_t at = d * count + std::min(b, here - 1);  // a block that is not full repeats its last pixel
-      ln_x[d * kBlock + b] = s_x[d * kBlock + b] = X[at] * terms.scale;
-      ln_t[d * kBlock + b] = s_t[d * kBlock + b] = Y[at] * terms.scale;
+      s_x[d * kBlock + b] = X[d * pitch + b] * terms.scale;
+      s_t[d * kBlock + b] = Y[d * pitch + b] * terms.scale;
     }
-  exp_row(s_x, size);
-  exp_row(s_t, size);
+  exp_row(s_x, kk * kBlock);
+  exp_row(s_t, kk * kBlock);
   T over_x[kBlock], over_t[kBlock], ln_over_x[kBlock], ln_over_t[kBlock], ln_ratio[kBlock];
   double sum_x[kBlock] = {}, sum_t[kBlock] = {};
   for (int64_t i = 0; i < k; ++i) {  // a line at a time in T, the lines in double
@@ -410,77 +593,100 @@ void compare(T* X, const T* Y, int64_t count, int64_t here, int64_t k, const Ter
     over_x[b] = T(1 / by_x), over_t[b] = T(1 / by_t);
     ln_over_x[b] = T(-std::log(by_x)), ln_over_t[b] = T(-std::log(by_t)), ln_ratio[b] = T(std::log(by_x / by_t));
   }
-  const T eps = T(kEps), ln_eps = T(std::log(kEps));
+  const auto zero = all(T(0)), eps = all(T(kEps)), ln_eps = all(T(std::log(kEps)));
+  const auto scale = all(terms.scale), l1_flow = all(terms.l1_flow), kl_flow = all(terms.kl_flow);
   double sum_l1[kBlock] = {}, sum_kl[kBlock] = {}, mean[kBlock] = {};
-  for (int64_t i = 0; i < k; ++i) {
-    T line_l1[kBlock] = {}, line_kl[kBlock] = {}, line_mean[kBlock] = {};
-    for (int64_t d = i * k; d < (i + 1) * k; ++d)
-      for (int64_t b = 0; b < kBlock; ++b) {
-        const int64_t at = d * kBlock + b;
-        const T x = s_x[at] * over_x[b], t = s_t[at] * over_t[b], difference = x - t, target = std::max(t, eps);
-        const T ln_of_x = std::max(ln_x[at] + ln_over_x[b], ln_eps), ln_of_t = std::max(ln_t[at] + ln_over_t[b], ln_eps);
-        line_l1[b] += std::abs(difference);
+  for (int64_t i = 0; i < k; ++i)
+    for (int64_t v = 0; v < kBlock; v += lanes<T>) {
+      auto line_l1 = zero, line_kl = zero, line_mean = zero;
+      for (int64_t d = i * k; d < (i + 1) * k; ++d) {
+        T *to_x = s_x + d * kBlock + v, *to_flow = s_t + d * kBlock + v;
+        const auto x = load(to_x) * load(over_x + v), t = load(to_flow) * load(over_t + v);
+        const auto distance_x = load(X + d * pitch + v), distance_t = load(Y + d * pitch + v);
+        const auto whole_x = distance_x * scale + load(ln_over_x + v), whole_t = distance_t * scale + load(ln_over_t + v);
+        const auto clamped = where_greater(whole_t, ln_eps, whole_t, ln_eps) - where_greater(whole_x, ln_eps, whole_x, ln_eps);
         // Without the normalisations' logarithms where nothing is clamped: flat graphs differ by less than their rounding.
-        const T direct = (ln_t[at] - ln_x[at]) + ln_ratio[b];
-        line_kl[b] += target * (ln_of_x > ln_eps && ln_of_t > ln_eps ? direct : ln_of_t - ln_of_x);
+        const auto direct = (distance_t - distance_x) * scale + load(ln_ratio + v);
+        const auto target = where_greater(t, eps, t, eps);
+        line_kl += target * where_greater(whole_x, ln_eps, where_greater(whole_t, ln_eps, direct, clamped), clamped);
         // G x, with G = dL / dx: sign(x - t) x of L1, and -t / x * x = -t of KL unless x is clamped.
-        const T sign = T(difference > 0) - T(difference < 0);
-        const T flow = terms.l1_flow * sign * x - (x >= eps ? terms.kl_flow * target : T(0));
-        line_mean[b] += flow;
-        s_x[at] = x;
-        s_t[at] = flow;
+        const auto signed_x = where_greater(x, t, x, where_greater(t, x, zero - x, zero));
+        line_l1 += where_greater(x, t, x - t, t - x);
+        const auto flow = l1_flow * signed_x - where_greater(eps, x, zero, kl_flow * target);
+        line_mean += flow;
+        store(to_x, x);
+        store(to_flow, flow);
       }
-    for (int64_t b = 0; b < kBlock; ++b)
-      sum_l1[b] += line_l1[b], sum_kl[b] += line_kl[b], mean[b] += line_mean[b];
-  }
+      T of_l1[lanes<T>], of_kl[lanes<T>], of_mean[lanes<T>];
+      store(of_l1, line_l1), store(of_kl, line_kl), store(of_mean, line_mean);
+      for (int64_t b = 0; b < lanes<T>; ++b)
+        sum_l1[v + b] += of_l1[b], sum_kl[v + b] += of_kl[b], mean[v + b] += of_mean[b];
+    }
   for (int64_t b = 0; b < here; ++b) l1 += sum_l1[b], kl += sum_kl[b];
   T through_sum[kBlock];  // of the normalisation: every entry acts on all others
   for (int64_t b = 0; b < kBlock; ++b) through_sum[b] = terms.generalization ? T(mean[b]) : T(0);
   for (int64_t d = 0; d < kk; ++d)
-    for (int64_t b = 0; b < here; ++b)
-      X[d * count + b] = s_t[d * kBlock + b] - through_sum[b] * s_x[d * kBlock + b];
+    for (int64_t b = 0; b < kBlock; ++b)
+      X[d * pitch + b] = s_t[d * kBlock + b] - through_sum[b] * s_x[d * kBlock + b];
 }
 
 // ------------------------------------------------------------------------------------------------------- boundary
 
-Geometry check(const Tensor& img, const Tensor& image, const Tensor& row, const Tensor& column, int64_t k, int64_t w,
-               bool zero_border) {
+Geometry check(const Tensor& img, int64_t k, int64_t w, bool zero_border) {
   TORCH_CHECK(img.dim() == 4, "images must be (N, C, H, W), not of ", img.dim(), " dimensions");
   TORCH_CHECK(img.device().is_cpu(), "images must be on the CPU, not on ", img.device());
   TORCH_CHECK(img.scalar_type() == at::kFloat || img.scalar_type() == at::kDouble,
               "images must be float32 or float64, not ", img.scalar_type());
   TORCH_CHECK(k % 2 == 1 && w % 2 == 1 && w >= 1 && w <= k, "search area ", k, " and window ", w,
               " must be odd, the window not larger than the search area");
-  const int64_t margin = k / 2 + (zero_border ? 0 : w / 2);
-  TORCH_CHECK(img.size(2) > margin && img.size(3) > margin, "images of ", img.size(2), " x ", img.size(3),
-              " pixels are too small: both sides must be at least ", margin + 1);
+  const Geometry g{img.size(0), img.size(1), img.size(2), img.size(3), k, w, k / 2, w / 2, zero_border};
+  TORCH_CHECK(g.c > 0, "images must have a channel");
+  TORCH_CHECK(!g.n || (g.height > g.reach() && g.width > g.reach()), "images of ", g.height, " x ", g.width,
+              " pixels are too small: both sides must be at least ", g.reach() + 1);
+  return g;
+}
+
+Pixels check_pixels(const Tensor& image, const Tensor& row, const Tensor& column, const Geometry& g) {
   for (const Tensor* index : {&image, &row, &column}) {
     TORCH_CHECK(index->scalar_type() == at::kLong && index->device().is_cpu() && index->dim() == 1,
                 "masked pixels must be int64 vectors on the CPU, not ", index->scalar_type(), " on ", index->device());
     TORCH_CHECK(index->numel() == image.numel(), "masked pixels: ", image.numel(), " images, but ", index->numel(),
                 " rows or columns");
   }
-  return {img.size(0), img.size(1), img.size(2), img.size(3), k, w, k / 2, w / 2, zero_border};
+  return sort_into_tiles(image.contiguous(), row.contiguous(), column.contiguous(), g);
 }
 
-// Reflected by r, then f of anything, never read inside a search area; or reflected by r + f.
+// The image extended by reflection, or zeros of that size; the last vector of the last row may be read beyond its end.
+Tensor padded_zeros(const Tensor& img, const Geometry& g) {
+  const int64_t size = g.n * g.c * g.plane();
+  const Tensor memory = at::zeros({size + 32}, img.options());
+  return memory.narrow(0, 0, size).view({g.n, g.c, g.plane() / g.stride(), g.stride()});
+}
+
 Tensor pad(const Tensor& img, const Geometry& g) {
-  const int64_t inner = g.zero_border ? g.r : g.r + g.f, outer = g.zero_border ? g.f : 0;
-  Tensor padded = at::reflection_pad2d(img, {inner, inner, inner, inner});
-  return at::constant_pad_nd(padded, {outer, outer, outer, outer}).contiguous();
+  Tensor padded = padded_zeros(img, g);
+  at::reflection_pad2d_out(padded, img, {g.reach(), g.reach(), g.reach(), g.reach()});
+  return padded;
 }
 
-Tensor unpad(Tensor grad, const Tensor& img, const Geometry& g) {
-  const int64_t inner = g.zero_border ? g.r : g.r + g.f, outer = g.zero_border ? g.f : 0;
-  grad = grad.slice(2, outer, grad.size(2) - outer).slice(3, outer, grad.size(3) - outer).contiguous();
-  return at::reflection_pad2d_backward(grad, img, {inner, inner, inner, inner});
+Tensor unpad(const Tensor& grad, const Tensor& img, const Geometry& g) {
+  return at::reflection_pad2d_backward(grad, img, {g.reach(), g.reach(), g.reach(), g.reach()});
+}
+
+// f(tile, workspace) for all tiles, those of one colour in parallel.
+template <typename T, typename F>
+void for_each_tile(const Pixels& pixels, const Geometry& g, const F& f) {
+  for (const auto& tiles : pixels.colours)
+    at::parallel_for(0, tiles.size(), 1, [&](int64_t begin, int64_t end) {
+      Workspace<T> workspace(g);
+      for (int64_t t = begin; t < end; ++t) f(tiles[t], workspace);
+    });
 }
 
 Tensor distances(const Tensor& img, const Tensor& image, const Tensor& row, const Tensor& column, int64_t k, int64_t w,
                  bool zero_border) {
-  const Geometry g = check(img, image, row, column, k, w, zero_border);
-  const Tensor i = image.contiguous(), y = row.contiguous(), x = column.contiguous();
-  const Pixels pixels = sort_into_tiles(i, y, x, g);
+  const Geometry g = check(img, k, w, zero_border);
+  const Pixels pixels = check_pixels(image, row, column, g);
   Tensor result = at::empty({image.numel(), k, k}, img.options());
   if (!image.numel()) return result;
   const Tensor padded = pad(img, g);
@@ -488,73 +694,65 @@ Tensor distances(const Tensor& img, const Tensor& image, const Tensor& row, cons
     const scalar_t* source = padded.const_data_ptr<scalar_t>();
     scalar_t* target = result.mutable_data_ptr<scalar_t>();
     const scalar_t scale = scalar_t(1) / scalar_t(g.c * w * w);
-    for (const auto& tiles : pixels.colours)
-      at::parallel_for(0, tiles.size(), 1, [&](int64_t begin, int64_t end) {
-        Workspace<scalar_t> workspace(g);
-        std::vector<scalar_t> local;
-        for (int64_t t = begin; t < end; ++t) {
-          const Tile& tile = tiles[t];
-          local.resize(tile.count * k * k);
-          tile_distances(source, g, pixels, tile, workspace, local.data());
-          for (int64_t p = 0; p < tile.count; ++p)
-            for (int64_t d = 0; d < k * k; ++d)
-              target[pixels.order[tile.first + p] * k * k + d] = local[d * tile.count + p] * scale;
-        }
-      });
+    for_each_tile<scalar_t>(pixels, g, [&](const Tile& tile, Workspace<scalar_t>& workspace) {
+      std::vector<scalar_t> local(tile.pitch() * k * k);
+      tile_distances(source, g, pixels, tile, workspace, local.data());
+      for (int64_t p = 0; p < tile.count; ++p)
+        for (int64_t d = 0; d < k * k; ++d)
+          target[pixels.order[tile.first + p] * k * k + d] = local[d * tile.pitch() + p] * scale;
+    });
   });
   return result;
 }
 
 Tensor distances_backward(const Tensor& grad, const Tensor& img, const Tensor& image, const Tensor& row,
                           const Tensor& column, int64_t k, int64_t w, bool zero_border) {
-  const Geometry g = check(img, image, row, column, k, w, zero_border);
+  const Geometry g = check(img, k, w, zero_border);
   TORCH_CHECK(grad.numel() == image.numel() * k * k && grad.scalar_type() == img.scalar_type(),
               "the gradient must have ", image.numel() * k * k, " entries of ", img.scalar_type());
-  const Tensor i = image.contiguous(), y = row.contiguous(), x = column.contiguous(), flow = grad.contiguous();
-  const Pixels pixels = sort_into_tiles(i, y, x, g);
-  if (!image.numel()) return at::zeros_like(img);
-  const Tensor padded = pad(img, g);
-  Tensor result = at::zeros_like(padded);
+  const Pixels pixels = check_pixels(image, row, column, g);
+  if (!image.numel()) return at::zeros_like(img, at::MemoryFormat::Contiguous);
+  const Tensor padded = pad(img, g), flow = grad.contiguous();
+  Tensor result = padded_zeros(img, g);
   AT_DISPATCH_FLOATING_TYPES(img.scalar_type(), "similarity::distances_backward", [&] {
     const scalar_t *source = padded.const_data_ptr<scalar_t>(), *from = flow.const_data_ptr<scalar_t>();
     scalar_t* target = result.mutable_data_ptr<scalar_t>();
     const scalar_t scale = scalar_t(1) / scalar_t(g.c * w * w);
-    for (const auto& tiles : pixels.colours)
-      at::parallel_for(0, tiles.size(), 1, [&](int64_t begin, int64_t end) {
-        Workspace<scalar_t> workspace(g);
-        std::vector<scalar_t> local;
-        for (int64_t t = begin; t < end; ++t) {
-          const Tile& tile = tiles[t];
-          local.resize(tile.count * k * k);
-          for (int64_t p = 0; p < tile.count; ++p)
-            for (int64_t d = 0; d < k * k; ++d)
-              local[d * tile.count + p] = from[pixels.order[tile.first + p] * k * k + d] * scale;
-          tile_backward(source, target, g, pixels, tile, workspace, local.data());
-        }
-      });
+    for_each_tile<scalar_t>(pixels, g, [&](const Tile& tile, Workspace<scalar_t>& workspace) {
+      std::vector<scalar_t> local(tile.pitch() * k * k);
+      for (int64_t p = 0; p < tile.count; ++p)
+        for (int64_t d = 0; d < k * k; ++d)
+          local[d * tile.pitch() + p] = from[pixels.order[tile.first + p] * k * k + d] * scale;
+      tile_backward(source, target, g, pixels, tile, workspace, local.data());
+    });
   });
   return unpad(result, img, g);
 }
 
 // (l1_weight * L1 + kl_weight * KL, L1, KL, gradient of the first with respect to sr); the graphs of one tile at a time.
-std::tuple<Tensor, Tensor, Tensor, Tensor> loss(const Tensor& sr, const Tensor& hr, const Tensor& image,
-                                                const Tensor& row, const Tensor& column, int64_t k, int64_t w,
-                                                bool zero_border, double sigma, bool generalization, double l1_weight,
-                                                double kl_weight, bool with_gradient) {
-  const Geometry g = check(sr, image, row, column, k, w, zero_border);
-  TORCH_CHECK(sr.sizes() == hr.sizes() && sr.scalar_type() == hr.scalar_type() && hr.device().is_cpu(),
-              "sr ", sr.sizes(), " ", sr.scalar_type(), " and hr ", hr.sizes(), " ", hr.scalar_type(),
+std::tuple<Tensor, Tensor, Tensor, Tensor> loss(const Tensor& sr, const Tensor& hr, const Tensor& mask, int64_t k,
+                                                int64_t w, bool zero_border, double sigma, bool generalization,
+                                                double l1_weight, double kl_weight, bool with_gradient) {
+  const Geometry g = check(sr, k, w, zero_border);
+  TORCH_CHECK(sr.sizes() == hr.sizes() && sr.scalar_type() == hr.scalar_type() && hr.device().is_cpu(), "sr ",
+              sr.sizes(), " ", sr.scalar_type(), " and hr ", hr.sizes(), " ", hr.scalar_type(),
               " must be alike, both on the CPU");
-  const Tensor i = image.contiguous(), y = row.contiguous(), x = column.contiguous();
-  const Pixels pixels = sort_into_tiles(i, y, x, g);
-  const int64_t m = image.numel(), kk = k * k;
+  TORCH_CHECK(mask.dim() == 4 && mask.size(0) == g.n && mask.size(1) == 1 && mask.size(2) == g.height &&
+                  mask.size(3) == g.width && mask.device().is_cpu(),
+              "mask ", mask.sizes(), " on ", mask.device(), " must be (N, 1, H, W) of the images ", sr.sizes(),
+              ", on the CPU");
+  const std::vector<Tensor> where = mask.select(1, 0).eq(1).nonzero_numpy();
+  const int64_t m = where[0].numel(), kk = k * k;
   const Tensor options = at::empty({0}, sr.options());
   if (!m) {
+    TORCH_CHECK_VALUE(!mask.ne(0).any().item<bool>(), "no mask entry equals 1, but some are not 0: the mask must be of ",
+                      "{0, 1}");
     auto zero = [&] { return at::zeros({}, sr.options()); };
-    return {zero(), zero(), zero(), with_gradient ? at::zeros_like(sr) : options};
+    return {zero(), zero(), zero(), with_gradient ? at::zeros_like(sr, at::MemoryFormat::Contiguous) : options};
   }
+  const Pixels pixels = sort_into_tiles(where[0], where[1], where[2], g);
   const Tensor padded_sr = pad(sr, g), padded_hr = pad(hr, g);
-  Tensor gradient = with_gradient ? at::zeros_like(padded_sr) : options;
+  Tensor gradient = with_gradient ? padded_zeros(sr, g) : options;
   std::vector<double> l1_of(pixels.tiles), kl_of(pixels.tiles);
   AT_DISPATCH_FLOATING_TYPES(sr.scalar_type(), "similarity::loss", [&] {
     const scalar_t *x_source = padded_sr.const_data_ptr<scalar_t>(), *t_source = padded_hr.const_data_ptr<scalar_t>();
@@ -564,26 +762,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss(const Tensor& sr, const Tensor& 
     const double entries = double(m * kk);  // means run over all entries of the batch
     const Terms<scalar_t> terms{scale, scalar_t(l1_weight / entries) * scale, scalar_t(kl_weight / entries) * scale,
                                 generalization};
-    int64_t done = 0;
-    for (const auto& tiles : pixels.colours) {
-      at::parallel_for(0, tiles.size(), 1, [&](int64_t begin, int64_t end) {
-        Workspace<scalar_t> workspace(g);
-        std::vector<scalar_t> X, Y, scratch(4 * kk * kBlock);
-        for (int64_t t = begin; t < end; ++t) {
-          const Tile& tile = tiles[t];
-          X.resize(tile.count * kk), Y.resize(tile.count * kk);
-          tile_distances(x_source, g, pixels, tile, workspace, X.data());
-          tile_distances(t_source, g, pixels, tile, workspace, Y.data());
-          double l1 = 0, kl = 0;
-          for (int64_t p = 0; p < tile.count; p += kBlock)
-            compare(X.data() + p, Y.data() + p, tile.count, std::min(kBlock, tile.count - p), k, terms, scratch.data(),
-                    l1, kl);
-          l1_of[done + t] = l1, kl_of[done + t] = kl;
-          if (with_gradient) tile_backward(x_source, target, g, pixels, tile, workspace, X.data());
-        }
-      });
-      done += tiles.size();
-    }
+    for_each_tile<scalar_t>(pixels, g, [&](const Tile& tile, Workspace<scalar_t>& workspace) {
+      std::vector<scalar_t> X(tile.pitch() * kk), Y(tile.pitch() * kk), scratch(2 * kk * kBlock);
+      tile_distances(x_source, g, pixels, tile, workspace, X.data());
+      tile_distances(t_source, g, pixels, tile, workspace, Y.data());
+      double &l1 = l1_of[tile.index], &kl = kl_of[tile.index];
+      for (int64_t p = 0; p < tile.count; p += kBlock)
+        compare(X.data() + p, Y.data() + p, tile.pitch(), std::min(kBlock, tile.count - p), k, terms, scratch.data(), l1,
+                kl);
+      if (with_gradient) tile_backward(x_source, target, g, pixels, tile, workspace, X.data());
+    });
   });
   double l1 = 0, kl = 0;
   for (int64_t t = 0; t < pixels.tiles; ++t) l1 += l1_of[t], kl += kl_of[t];

@@ -14,7 +14,7 @@ from tests.conftest import GOLDEN, REPOSITORY
 from utils import utils_ssl
 from utils.utils_ssl import SelfSimilarityLoss, edge_mask, mask_stride_pattern, self_similarity_graph
 
-WHY_NO_CPP = utils_ssl._load_cpp()
+WHY_NO_CPP = utils_ssl._why_not("cpp", "cpu")
 CPP = pytest.param("cpp", marks=pytest.mark.skipif(WHY_NO_CPP is not None, reason=f"no C++ kernels: {WHY_NO_CPP}"))
 MODES = ["pytorch", "boxsum", CPP]
 CASES = sorted(path.stem for path in (GOLDEN / "ssl").glob("s*.json"))
@@ -284,7 +284,8 @@ def test_mask_is_made_from_the_ground_truth_when_none_is_given():
         (dict(search=24), "must be odd"),
         (dict(search=7), "not larger than the search area"),
         (dict(img=torch.zeros(1, 3, 20, 40, dtype=torch.uint8)), "floating point"),
-        (dict(mode="cuda"), "cannot be had in this version"),
+        (dict(mode="cuda"), "'cuda' cannot be had here: it works on CUDA GPUs, the images are on cpu"),
+        (dict(mode="opencl"), "'opencl' is unknown; valid are auto, pytorch, boxsum, cpp, cuda"),
     ],
 )
 def test_wrong_arguments_are_named_with_their_values(change, words):
@@ -296,7 +297,7 @@ def test_wrong_arguments_are_named_with_their_values(change, words):
 
 def test_auto_says_once_what_it_took_and_why(caplog, monkeypatch):
     utils_ssl._said.clear()
-    monkeypatch.setattr(utils_ssl, "_load_cpp", lambda: "ninja is missing")
+    monkeypatch.setattr(utils_ssl, "_why_not", lambda *_: "ninja is missing")
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             self_similarity_graph(torch.rand(1, 3, 16, 16), torch.ones(1, 1, 16, 16), 5, 3)
@@ -306,7 +307,7 @@ def test_auto_says_once_what_it_took_and_why(caplog, monkeypatch):
 
 
 def test_explicit_cpp_that_cannot_be_had_says_why(monkeypatch):
-    monkeypatch.setattr(utils_ssl, "_load_cpp", lambda: "ninja is missing")
+    monkeypatch.setattr(utils_ssl, "_why_not", lambda *_: "ninja is missing")
     with pytest.raises(ValueError, match="'cpp' cannot be had here: ninja is missing"):
         SelfSimilarityLoss(1, 1, ssl_mode="cpp")
 
@@ -317,7 +318,7 @@ def test_the_compiled_operators_are_well_behaved_under_pytorch():
     mask = torch.rand(2, 1, 16, 18, generator=torch.Generator().manual_seed(0)) < 0.2
     pixels = (mask[:, 0] == 1).nonzero(as_tuple=True)
     torch.library.opcheck(torch.ops.similarity.distances.default, (sr, *pixels, 7, 3, True))
-    torch.library.opcheck(torch.ops.similarity.loss.default, (sr, hr, *pixels, 7, 3, True, 0.1, True, 1.0, 1.0, True))
+    torch.library.opcheck(torch.ops.similarity.loss.default, (sr, hr, mask, 7, 3, True, 0.1, True, 1.0, 1.0, True))
     graph = self_similarity_graph(sr, mask, 7, 3, 0.1, ssl_mode="cpp")
     with pytest.raises(RuntimeError, match="second derivatives"):
         torch.autograd.grad(graph.sum(), sr, create_graph=True)

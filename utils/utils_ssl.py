@@ -266,53 +266,58 @@ def _distances_boxsum(img: Tensor, pixels: tuple[Tensor, ...], k: int, w: int, z
 # ------------------------------------------------------------------------------------------------- graph and the loss
 
 
-def _distances_cpp(img: Tensor, pixels: tuple[Tensor, ...], k: int, w: int, zero: bool) -> Tensor:
+def _distances_compiled(img: Tensor, pixels: tuple[Tensor, ...], k: int, w: int, zero: bool) -> Tensor:
     return torch.ops.similarity.distances(img, *pixels, k, w, zero)
 
 
-_DISTANCES = {"pytorch": _distances_specification, "boxsum": _distances_boxsum, "cpp": _distances_cpp}
+_COMPILED = {"cpu": "cpp", "cuda": "cuda"}  # device type -> mode of the compiled op there
+_DISTANCES = {
+    "pytorch": _distances_specification,
+    "boxsum": _distances_boxsum,
+    "cpp": _distances_compiled,
+    "cuda": _distances_compiled,
+}
 
 
-def _load_cpp() -> str | None:
-    """Load the C++ kernels; -> None, or why they cannot be had."""
+def _why_not(mode: str, device_type: str) -> str | None:
+    """Load the compiled op ``mode``, building it at first; -> None, or why it cannot be had for tensors there."""
+    if _COMPILED.get(device_type) != mode:
+        return f"it works on {'the CPU' if mode == 'cpp' else 'CUDA GPUs'}, the images are on {device_type}"
     try:
         import similarity_cuda
 
-        similarity_cuda.load("cpp")
+        similarity_cuda.load(mode)
     except (ImportError, RuntimeError) as error:
         return str(error)
     return None
 
 
-def _choose(ssl_mode: str, device: torch.device) -> str:
+@torch.compiler.assume_constant_result
+def _choose(ssl_mode: str, device_type: str) -> str:
     """Resolve ``auto`` to the fastest form that works on the device, and say so once.
 
     Raises:
         ValueError: a mode that is unknown or cannot be had here, with the reason.
     """
     if ssl_mode == "auto":
-        if device.type == "cpu":
-            why = _load_cpp()
-            chosen, note = ("boxsum", f"not cpp: {why}") if why else ("cpp", "C++ on the CPU")
-        else:
-            chosen, note = "boxsum", f"this version has no compiled op for {device.type}"
-        if (chosen, device.type) not in _said:
-            _said.add((chosen, device.type))
-            _logger.info("self-similarity on %s: ssl_mode auto takes %s (%s)", device.type, chosen, note)
+        compiled = _COMPILED.get(device_type)
+        why = _why_not(compiled, device_type) if compiled else f"there is no compiled op for {device_type}"
+        chosen = compiled if compiled and not why else "boxsum"
+        if (chosen, device_type) not in _said:
+            _said.add((chosen, device_type))
+            note = f" (not {compiled or 'compiled'}: {why})" if why else ""
+            _logger.info("self-similarity on %s: ssl_mode auto takes %s%s", device_type, chosen, note)
         return chosen
     if ssl_mode not in _DISTANCES:
-        raise ValueError(
-            f"ssl_mode {ssl_mode!r} cannot be had in this version; valid are auto, {', '.join(_DISTANCES)}"
-        )
-    if ssl_mode == "cpp":
-        why = _load_cpp() if device.type == "cpu" else f"it works on the CPU, the images are on {device.type}"
+        raise ValueError(f"ssl_mode {ssl_mode!r} is unknown; valid are auto, {', '.join(_DISTANCES)}")
+    if ssl_mode in _COMPILED.values():
+        why = _why_not(ssl_mode, device_type)
         if why:
-            raise ValueError(f"ssl_mode 'cpp' cannot be had here: {why}")
+            raise ValueError(f"ssl_mode {ssl_mode!r} cannot be had here: {why}")
     return ssl_mode
 
 
-def _masked_pixels(img: Tensor, mask: Tensor, k: int, w: int, search_border: str) -> tuple[Tensor, ...]:
-    """Check the arguments; -> (image, row, column) of every mask entry equal to 1, batch order, then raster order."""
+def _check(img: Tensor, mask: Tensor, k: int, w: int, search_border: str) -> None:
     if img.dim() != 4 or not img.is_floating_point():
         raise ValueError(f"images must be (N, C, H, W) floating point, not {tuple(img.shape)} {img.dtype}")
     if tuple(mask.shape) != (len(img), 1, *img.shape[2:]):
@@ -329,6 +334,10 @@ def _masked_pixels(img: Tensor, mask: Tensor, k: int, w: int, search_border: str
             f"images of {img.shape[2]} x {img.shape[3]} pixels are too small for kernel_size_search {k}: "
             f"both sides must be at least {margin + 1}"
         )
+
+
+def _masked_pixels(mask: Tensor) -> tuple[Tensor, ...]:
+    """(image, row, column) of every mask entry equal to 1, batch order, then raster order."""
     pixels = (mask[:, 0] == 1).nonzero(as_tuple=True)  # the one host synchronisation: M is a tensor size
     if len(pixels[0]) == 0 and bool((mask != 0).any()):
         raise ValueError("no mask entry equals 1, but some are not 0: the mask must be of {0, 1}")
@@ -378,8 +387,9 @@ def self_similarity_graph(
         ValueError: shapes, devices, sizes or the mode do not fit.
     """
     k, w = kernel_size_search, kernel_size_window
-    pixels = _masked_pixels(img, mask, k, w, search_border)
-    mode = _choose(ssl_mode, img.device)
+    _check(img, mask, k, w, search_border)
+    mode = _choose(ssl_mode, img.device.type)
+    pixels = _masked_pixels(mask)
     with torch.autocast(img.device.type, enabled=False):
         return _graph(img, pixels, k, w, search_border == "zero", sigma, generalization, mode)
 
@@ -423,11 +433,12 @@ class SelfSimilarityLoss(nn.Module):
         self.ssl_mode = ssl_mode
         self.search_border = search_border
         if ssl_mode != "auto":
-            _choose(ssl_mode, torch.device("cpu"))  # a mode that does not exist fails now, not at the first batch
+            # A mode that cannot be had fails now, not at the first batch.
+            _choose(ssl_mode, "cuda" if ssl_mode == "cuda" else "cpu")
 
     def prepare(self, device: torch.device) -> str:
         """Build and load now what the first batch would need, and say which form it is."""
-        return _choose(self.ssl_mode, device)
+        return _choose(self.ssl_mode, torch.device(device).type)
 
     def parts(self, sr: Tensor, hr: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, and for logs its weighted L1 and KL parts without gradient; arguments as in :meth:`forward`."""
@@ -438,11 +449,12 @@ class SelfSimilarityLoss(nn.Module):
         if self.mask_stride > 1:
             mask = mask * mask_stride_pattern(mask.shape[2], mask.shape[3], self.mask_stride).to(mask)
         k, w, zero = self.kernel_size_search, self.kernel_size_window, self.search_border == "zero"
-        pixels = _masked_pixels(sr, mask, k, w, self.search_border)
-        mode = _choose(self.ssl_mode, sr.device)
+        _check(sr, mask, k, w, self.search_border)
+        mode = _choose(self.ssl_mode, sr.device.type)
         with torch.autocast(sr.device.type, enabled=False):
-            if mode == "cpp":
-                return self._fused(_computable(sr), _computable(hr), pixels)
+            if mode in _COMPILED.values():
+                return self._fused(_computable(sr), _computable(hr), mask)
+            pixels = _masked_pixels(mask)
             settings = (k, w, zero, self.sigma, self.generalization, mode)
             with torch.no_grad():
                 target = _graph(hr, pixels, *settings)
@@ -454,11 +466,11 @@ class SelfSimilarityLoss(nn.Module):
             kl = self.kl_weight * (target * (target.log() - graph.log())).sum() / entries
         return l1 + kl, l1.detach(), kl.detach()
 
-    def _fused(self, sr: Tensor, hr: Tensor, pixels: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    def _fused(self, sr: Tensor, hr: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         loss, l1, kl, _ = torch.ops.similarity.loss(
             sr,
             hr,
-            *pixels,
+            mask,
             self.kernel_size_search,
             self.kernel_size_window,
             self.search_border == "zero",
