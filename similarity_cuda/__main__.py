@@ -130,10 +130,10 @@ def _load(kind: str) -> str:
     return f"{time.perf_counter() - begin:.0f} s" if libraries() - before else "cached"
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """One line of an error: of a compiler's long report, the line that says what failed."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
-    return next((line for line in lines if re.search(r"error:|not found", line, re.IGNORECASE)), lines[0])
+    return next((line for line in lines if re.search(r"error:|not found|cannot find", line, re.IGNORECASE)), lines[0])
 
 
 def _row(kind: str) -> tuple[str, bool]:
@@ -144,11 +144,11 @@ def _row(kind: str) -> tuple[str, bool]:
     try:
         how = _load(kind)
     except UnavailableError as error:
-        return f"{kind:<6}not here: {_reason(error.__cause__ or error)}", True
+        return f"{kind:<6}not here: {reason(error.__cause__ or error)}", True
     try:
         errors, milliseconds = _errors(device), _milliseconds(device)
     except RuntimeError as error:  # what a kernel that cannot run raises
-        return f"{kind:<6}FAILED: {_reason(error)}", False
+        return f"{kind:<6}FAILED: {reason(error)}", False
     right = all(error < _TOLERANCE for error in errors)  # false for NaN
     figures = "".join(f"{error:>11.1e}" for error in errors)
     return f"{kind:<6}{how:>8}{figures}{milliseconds:>10.2f}  {'ok' if right else 'WRONG'}", right

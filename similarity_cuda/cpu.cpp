@@ -1,14 +1,6 @@
 // The self-similarity op on the CPU: distances of masked pixels by box sums, tile by tile, and the fused loss.
 //
-// Notation as in utils/utils_ssl.py: k search area, w window, r = k / 2, f = w / 2, d an offset. With
-// q(x; d) = (I(x) - I(x + d))^2, summed over channels, the distance D(p; d) is a box sum of q(.; d) over the window of p,
-// so neighbouring pixels share it. And q(x; -d) = q(x - d; d): the same field of box sums serves the offset -d, read at
-// another place. So there is one field for each pair of offsets, 312 of them for k = 25.
-//
-// Where a window leaves the search area (border "zero", as published) its range of rows and columns shrinks, and the
-// energy of the template outside of that range is added. Each axis knows 2f + 1 such ranges, its "clips".
-//
-// The gradient is the adjoint of each step in reverse: scatter the incoming gradient of d and -d into one field, spread
+// geometry.h says which box sums those are. The gradient is the adjoint of each step in reverse: scatter the incoming gradient of d and -d into one field, spread
 // it by box sums, multiply it by I(x) - I(x + d), add it at x and subtract it at x + d.
 //
 // Deterministic: every number is summed in an order that does not depend on threads.
@@ -25,9 +17,15 @@
 #include <tuple>
 #include <vector>
 
+#include "boundary.h"
+#include "geometry.h"
+
 namespace {
 
 using at::Tensor;
+using similarity::Axis;
+using similarity::Geometry;
+using similarity::Range;
 
 constexpr int64_t kRows = 32, kColumns = 128;  // of a tile, in pixels: its fields stay in the caches nearest to a core
 constexpr int64_t kBlock = 16;                 // pixels whose graphs are compared together
@@ -96,44 +94,7 @@ inline Vector<T> all(T value) {
   return load(copies);
 }
 
-// ----------------------------------------------------------------------------------------------------- geometry
-
-struct Range {
-  int64_t first, last;  // window indices [first, last) of 0 .. w that lie in the search area
-  int64_t size() const { return last - first; }
-};
-
-struct Geometry {
-  int64_t n, c, height, width, k, w, r, f;
-  bool zero_border;
-
-  int64_t reach() const { return zero_border ? r : r + f; }  // how far from a pixel the image is read
-  int64_t stride() const { return width + 2 * reach(); }     // of a row of the padded image
-  int64_t plane() const { return (height + 2 * reach()) * stride(); }
-  int64_t clips() const { return zero_border ? 2 * f + 1 : 1; }
-  // Of an offset along one axis. 0: the whole window; 1 .. f: so many rows (columns) cut at the start; f + 1 .. 2f: so
-  // many, less f, cut at the end.
-  int64_t clip(int64_t offset) const {
-    if (!zero_border) return 0;
-    return std::max(int64_t(0), offset < 0 ? f - r - offset : offset > r - f ? 2 * f - r + offset : 0);
-  }
-  Range range(int64_t clip) const { return {clip <= f ? clip : 0, clip <= f ? w : w - (clip - f)}; }
-};
-
-// Along one axis: where the box sums that a pair of offsets needs begin, relative to the first pixel of a tile, how many
-// terms they have, and how far apart those of d and of -d lie.
-struct Axis {
-  int64_t start, count, apart;  // sums of `count` terms start at start .. start + tile size + apart
-  int64_t plus, minus;          // of these, the one of the tile's first pixel for d and for -d
-
-  Axis(const Geometry& g, int64_t offset) {
-    const int64_t of_plus = g.range(g.clip(offset)).first - g.f, of_minus = g.range(g.clip(-offset)).first - g.f - offset;
-    start = std::min(of_plus, of_minus);
-    count = g.range(g.clip(offset)).size();
-    apart = std::abs(of_plus - of_minus);
-    plus = of_plus - start, minus = of_minus - start;
-  }
-};
+// -------------------------------------------------------------------------------------------------------- pixels
 
 struct Tile {
   int64_t index, image, top, left, height, width, first, count;  // [first, first + count) of the pixels sorted by tile
@@ -277,7 +238,7 @@ struct Workspace {
   std::vector<T> field, sums, scratch, energy, inside, outside, clipped, grad_here, grad_there, block_memory;
 
   explicit Workspace(const Geometry& geometry) : g(geometry), block_memory((geometry.w + 1) * lanes<T>) {
-    const int64_t size = (kRows + apart() + 2 * (g.w - 1)) * margined(kColumns) + g.w + lanes<T>;
+    const int64_t size = (kRows + g.apart() + 2 * (g.w - 1)) * margined(kColumns) + g.w + lanes<T>;
     for (auto* buffer : {&field, &sums, &scratch, &energy, &inside, &outside}) buffer->assign(size, T(0));
   }
   Vector<T>* block() {
@@ -285,10 +246,9 @@ struct Workspace {
     size_t space = block_memory.size() * sizeof(T);
     return static_cast<Vector<T>*>(std::align(sizeof(Vector<T>), g.w * sizeof(Vector<T>), memory, space));
   }
-  int64_t apart() const { return g.zero_border ? g.r - g.f : g.r; }  // the most of Axis::apart
   // Strides of fields of box sums, and of those with w - 1 zeros on both sides; whole vectors may be read.
-  int64_t plain(int64_t width) const { return rounded(width + apart() + g.w - 1); }
-  int64_t margined(int64_t width) const { return rounded(width + apart() + 2 * (g.w - 1) + lanes<T>); }
+  int64_t plain(int64_t width) const { return rounded(width + g.apart() + g.w - 1); }
+  int64_t margined(int64_t width) const { return rounded(width + g.apart() + 2 * (g.w - 1) + lanes<T>); }
   // Of the gradient around a tile.
   int64_t grad_stride(const Tile& tile) const { return rounded(tile.width + 2 * g.reach() + lanes<T>); }
   int64_t grad_plane(const Tile& tile) const { return (tile.height + 2 * g.reach()) * grad_stride(tile); }
@@ -393,8 +353,8 @@ void tile_distances(const T* padded, const Geometry& g, const Pixels& pixels, co
     sums_along(s.field.data(), s.sums.data(), s.scratch.data(), (rows - 1) * stride + columns, across.count);
     const int64_t d = (dy + g.r) * g.k + dx + g.r;
     T *__restrict plus = out + d * pitch, *__restrict minus = out + (kk - 1 - d) * pitch;
-    const T *of_plus = s.sums.data() + down.plus * stride + across.plus,
-            *of_minus = s.sums.data() + down.minus * stride + across.minus;
+    const T *of_plus = s.sums.data() + down.plus() * stride + across.plus(),
+            *of_minus = s.sums.data() + down.minus() * stride + across.minus();
     for (int64_t p = 0; p < count; ++p) {
       const int64_t at = y_of[p] * stride + x_of[p];
       plus[p] = of_plus[at], minus[p] = of_minus[at];
@@ -479,8 +439,8 @@ void tile_backward(const T* padded, T* grad, const Geometry& g, const Pixels& pi
     const int64_t columns = tile.width + across.apart + across.count - 1;
     const int64_t d = (dy + g.r) * g.k + dx + g.r;
     const T *plus = grads + d * pitch, *minus = grads + (kk - 1 - d) * pitch;
-    T *of_plus = s.field.data() + down.plus * stride + margin + across.plus,
-      *of_minus = s.field.data() + down.minus * stride + margin + across.minus;
+    T *of_plus = s.field.data() + down.plus() * stride + margin + across.plus(),
+      *of_minus = s.field.data() + down.minus() * stride + margin + across.minus();
     for (int64_t p = 0; p < count; ++p) of_plus[y_of[p] * stride + x_of[p]] = 2 * plus[p];
     for (int64_t p = 0; p < count; ++p) of_minus[y_of[p] * stride + x_of[p]] += 2 * minus[p];
     T* along = s.sums.data() + margin * stride;
@@ -630,31 +590,7 @@ void compare(T* __restrict X, const T* __restrict Y, int64_t pitch, int64_t here
       X[d * pitch + b] = s_t[d * kBlock + b] - through_sum[b] * s_x[d * kBlock + b];
 }
 
-// ------------------------------------------------------------------------------------------------------- boundary
-
-Geometry check(const Tensor& img, int64_t k, int64_t w, bool zero_border) {
-  TORCH_CHECK(img.dim() == 4, "images must be (N, C, H, W), not of ", img.dim(), " dimensions");
-  TORCH_CHECK(img.device().is_cpu(), "images must be on the CPU, not on ", img.device());
-  TORCH_CHECK(img.scalar_type() == at::kFloat || img.scalar_type() == at::kDouble,
-              "images must be float32 or float64, not ", img.scalar_type());
-  TORCH_CHECK(k % 2 == 1 && w % 2 == 1 && w >= 1 && w <= k, "search area ", k, " and window ", w,
-              " must be odd, the window not larger than the search area");
-  const Geometry g{img.size(0), img.size(1), img.size(2), img.size(3), k, w, k / 2, w / 2, zero_border};
-  TORCH_CHECK(g.c > 0, "images must have a channel");
-  TORCH_CHECK(!g.n || (g.height > g.reach() && g.width > g.reach()), "images of ", g.height, " x ", g.width,
-              " pixels are too small: both sides must be at least ", g.reach() + 1);
-  return g;
-}
-
-Pixels check_pixels(const Tensor& image, const Tensor& row, const Tensor& column, const Geometry& g) {
-  for (const Tensor* index : {&image, &row, &column}) {
-    TORCH_CHECK(index->scalar_type() == at::kLong && index->device().is_cpu() && index->dim() == 1,
-                "masked pixels must be int64 vectors on the CPU, not ", index->scalar_type(), " on ", index->device());
-    TORCH_CHECK(index->numel() == image.numel(), "masked pixels: ", image.numel(), " images, but ", index->numel(),
-                " rows or columns");
-  }
-  return sort_into_tiles(image.contiguous(), row.contiguous(), column.contiguous(), g);
-}
+// ------------------------------------------------------------------------------------------------------ operators
 
 // The image extended by reflection, or zeros of that size; the last vector of the last row may be read beyond its end.
 Tensor padded_zeros(const Tensor& img, const Geometry& g) {
@@ -685,8 +621,9 @@ void for_each_tile(const Pixels& pixels, const Geometry& g, const F& f) {
 
 Tensor distances(const Tensor& img, const Tensor& image, const Tensor& row, const Tensor& column, int64_t k, int64_t w,
                  bool zero_border) {
-  const Geometry g = check(img, k, w, zero_border);
-  const Pixels pixels = check_pixels(image, row, column, g);
+  const Geometry g = similarity::check(img, k, w, zero_border, at::kCPU);
+  similarity::check_pixels(img, image, row, column);
+  const Pixels pixels = sort_into_tiles(image.contiguous(), row.contiguous(), column.contiguous(), g);
   Tensor result = at::empty({image.numel(), k, k}, img.options());
   if (!image.numel()) return result;
   const Tensor padded = pad(img, g);
@@ -707,10 +644,10 @@ Tensor distances(const Tensor& img, const Tensor& image, const Tensor& row, cons
 
 Tensor distances_backward(const Tensor& grad, const Tensor& img, const Tensor& image, const Tensor& row,
                           const Tensor& column, int64_t k, int64_t w, bool zero_border) {
-  const Geometry g = check(img, k, w, zero_border);
-  TORCH_CHECK(grad.numel() == image.numel() * k * k && grad.scalar_type() == img.scalar_type(),
-              "the gradient must have ", image.numel() * k * k, " entries of ", img.scalar_type());
-  const Pixels pixels = check_pixels(image, row, column, g);
+  const Geometry g = similarity::check(img, k, w, zero_border, at::kCPU);
+  similarity::check_pixels(img, image, row, column);
+  similarity::check_gradient(grad, img, image.numel(), k);
+  const Pixels pixels = sort_into_tiles(image.contiguous(), row.contiguous(), column.contiguous(), g);
   if (!image.numel()) return at::zeros_like(img, at::MemoryFormat::Contiguous);
   const Tensor padded = pad(img, g), flow = grad.contiguous();
   Tensor result = padded_zeros(img, g);
@@ -733,20 +670,12 @@ Tensor distances_backward(const Tensor& grad, const Tensor& img, const Tensor& i
 std::tuple<Tensor, Tensor, Tensor, Tensor> loss(const Tensor& sr, const Tensor& hr, const Tensor& mask, int64_t k,
                                                 int64_t w, bool zero_border, double sigma, bool generalization,
                                                 double l1_weight, double kl_weight, bool with_gradient) {
-  const Geometry g = check(sr, k, w, zero_border);
-  TORCH_CHECK(sr.sizes() == hr.sizes() && sr.scalar_type() == hr.scalar_type() && hr.device().is_cpu(), "sr ",
-              sr.sizes(), " ", sr.scalar_type(), " and hr ", hr.sizes(), " ", hr.scalar_type(),
-              " must be alike, both on the CPU");
-  TORCH_CHECK(mask.dim() == 4 && mask.size(0) == g.n && mask.size(1) == 1 && mask.size(2) == g.height &&
-                  mask.size(3) == g.width && mask.device().is_cpu(),
-              "mask ", mask.sizes(), " on ", mask.device(), " must be (N, 1, H, W) of the images ", sr.sizes(),
-              ", on the CPU");
-  const std::vector<Tensor> where = mask.select(1, 0).eq(1).nonzero_numpy();
+  const Geometry g = similarity::check(sr, k, w, zero_border, at::kCPU);
+  similarity::check_pair(sr, hr, mask);
+  const std::vector<Tensor> where = similarity::masked_pixels(mask);
   const int64_t m = where[0].numel(), kk = k * k;
   const Tensor options = at::empty({0}, sr.options());
   if (!m) {
-    TORCH_CHECK_VALUE(!mask.ne(0).any().item<bool>(), "no mask entry equals 1, but some are not 0: the mask must be of ",
-                      "{0, 1}");
     auto zero = [&] { return at::zeros({}, sr.options()); };
     return {zero(), zero(), zero(), with_gradient ? at::zeros_like(sr, at::MemoryFormat::Contiguous) : options};
   }

@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 
 _logger = logging.getLogger(__name__)
-_SOURCES = {"cpp": ["cpu.cpp"]}
+_SOURCES = {"cpp": ["cpu.cpp"], "cuda": ["cuda.cpp", "kernels.cu"]}
 _loaded: dict[str, Exception | None] = {}  # kind -> None where it is loaded, else why it is not
 
 
@@ -24,17 +25,20 @@ class UnavailableError(RuntimeError):
 
 
 def load(kind: str) -> None:
-    """Make the operators of ``kind`` ("cpp") work, building them if they were not built before.
+    """Make the operators of ``kind`` work, building them if they were not built before: "cpp" (CPU) or "cuda" (GPUs).
 
     The built library is kept in ``TORCH_EXTENSIONS_DIR`` (default ``~/.cache/similarity_cuda``) under a name made of
-    the sources, PyTorch and the processor.
+    the sources, PyTorch and the processor or the GPUs. GPUs' architectures are those at hand, or
+    ``TORCH_CUDA_ARCH_LIST``.
 
     Raises:
-        UnavailableError: there is no compiler or no ninja, or the build failed. Asked again, it fails at once.
+        UnavailableError: no GPU, compiler, CUDA toolkit or ninja, or the build failed. Asked again, it fails at once.
     """
     if kind not in _loaded:
         _loaded[kind] = None
         try:
+            if kind == "cuda" and not torch.cuda.is_available():
+                raise RuntimeError("PyTorch finds no CUDA GPU")
             _build_and_load(kind)
         except Exception as error:
             _loaded[kind] = error
@@ -45,13 +49,34 @@ def load(kind: str) -> None:
 
 
 def facts() -> str:
-    """What a bug report needs: compiler, ninja, PyTorch, Python, the folder of built libraries."""
+    """What a bug report needs: compilers, ninja, PyTorch, Python, the folder of built libraries."""
     compiler = shutil.which(os.environ.get("CXX", "c++")) or "none"
+    toolkit = _toolkit()
+    nvcc = f"{toolkit / 'bin' / 'nvcc'} {_nvcc_version(toolkit)}" if toolkit else "none"
     ninja = "yes" if _ninja() else "no"
     return (
-        f"compiler {compiler}, ninja {ninja}, torch {torch.__version__}, python {platform.python_version()}, "
-        f"{platform.system()} {platform.machine()}, cache {_cache()}"
+        f"compiler {compiler}, nvcc {nvcc}, ninja {ninja}, torch {torch.__version__} for CUDA {torch.version.cuda}, "
+        f"python {platform.python_version()}, {platform.system()} {platform.machine()}, cache {_cache()}"
     )
+
+
+def _toolkit() -> Path | None:
+    """The folder of the CUDA toolkit: ``CUDA_HOME``, or where nvcc is (which may be a link or a script elsewhere)."""
+    nvcc = shutil.which("nvcc")
+    folders = [
+        *(Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)),
+        *([Path(nvcc).resolve().parent.parent] if nvcc else []),
+        Path("/usr/local/cuda"),
+    ]
+    return next((folder for folder in folders if (folder / "include" / "cuda_runtime.h").is_file()), None)
+
+
+def _nvcc_version(toolkit: Path) -> str:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = [str(toolkit / "bin" / "nvcc"), "--version"]
+        text = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+        return text.partition("release ")[2].partition(",")[0]
+    return "of unknown version"
 
 
 def _cache() -> Path:
@@ -108,13 +133,25 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
+def _architectures() -> str:
+    """The GPU architectures to build for, as ``TORCH_CUDA_ARCH_LIST`` names them."""
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    found = {torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())}
+    return given or ";".join(f"{major}.{minor}" for major, minor in sorted(found))
+
+
 def _build_and_load(kind: str) -> None:
-    if kind not in _SOURCES:
-        raise RuntimeError(f"there are no {kind!r} kernels in this version")
-    sources = [Path(__file__).parent / name for name in _SOURCES[kind]]
+    folder = Path(__file__).parent
+    headers = sorted([*folder.glob("*.h"), *folder.glob("*.cuh")])
+    sources = [folder / name for name in _SOURCES[kind]]
     compiler_flags, linker_flags = _flags()
+    target = _processor()
+    if kind == "cuda":
+        compiler_flags, linker_flags = ["/O2" if os.name == "nt" else "-O3"], []
+        target = f"{_toolkit()} {_architectures()}"
     key = hashlib.sha256()
-    for part in (*(s.read_bytes() for s in sources), torch.__version__, _processor(), *compiler_flags, *linker_flags):
+    contents = (file.read_bytes() for file in [*headers, *sources])
+    for part in (*contents, torch.__version__, target, *compiler_flags, *linker_flags):
         key.update(part if isinstance(part, bytes) else str(part).encode())
     name = f"similarity_{kind}_{key.hexdigest()[:16]}"
     cache = _cache()
@@ -135,19 +172,30 @@ def _build(name: str, sources: list[Path], compiler_flags: list[str], linker_fla
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils import cpp_extension
 
-    _logger.info("building the self-similarity op, once for this machine: about half a minute")
-    logging.getLogger(cpp_extension.__name__).setLevel(
-        logging.ERROR
-    )  # it warns of a missing GPU, which is no news here
+    with_cuda = any(source.suffix == ".cu" for source in sources)
+    environment = dict(os.environ)
+    if with_cuda:
+        toolkit = _toolkit()
+        if toolkit is None:
+            raise RuntimeError("there is no CUDA toolkit (nvcc): install the one of PyTorch's CUDA, or set CUDA_HOME")
+        cpp_extension.CUDA_HOME = str(toolkit)  # PyTorch takes nvcc's folder as it stands
+        os.environ["TORCH_CUDA_ARCH_LIST"] = _architectures()
+    _logger.info("building the self-similarity op, once for this machine: about a minute")
     with tempfile.TemporaryDirectory(dir=library.parent, ignore_cleanup_errors=True) as folder:
-        built = cpp_extension.load(
-            name,
-            [str(source) for source in sources],
-            extra_cflags=compiler_flags,
-            extra_ldflags=linker_flags,
-            build_directory=folder,
-            is_python_module=False,
-            is_standalone=False,
-        )
+        try:
+            built = cpp_extension.load(
+                name,
+                [str(source) for source in sources],
+                extra_cflags=compiler_flags,
+                extra_cuda_cflags=["-O3"],
+                extra_ldflags=linker_flags,
+                build_directory=folder,
+                with_cuda=with_cuda,
+                is_python_module=False,
+                is_standalone=False,
+            )
+        finally:
+            os.environ.clear()
+            os.environ.update(environment)
         result = Path(built) if isinstance(built, str) else next(Path(folder).glob(f"{name}*{library.suffix}"))
         os.replace(result, library)

@@ -16,17 +16,18 @@ mutes the outer ring of the search area. ``"image"`` compares with the image its
 graphs of the output (SR) and of the ground truth (GT) at the same pixels: ``l1_weight * mean |S_SR - S_GT| + kl_weight
 * mean S_GT (ln S_GT - ln S_SR)``, means over all M k^2 entries, both graphs clamped from below at 1e-10 in the second.
 
-Three forms (``ssl_mode``) compute it:
+Four forms (``ssl_mode``) compute it:
 
 * ``pytorch``, the readable specification, holds M x C w^2 x k^2 numbers (6 GB for one 128 x 128 crop);
 * ``boxsum``: for one offset d the sum over the window is a box sum of the squared difference between the image and its
   shift, so all pixels share it. In PyTorch, one row of offsets at a time, forward and backward, on any device;
-* ``cpp``: the same in C++ on the CPU (``similarity_cuda/cpu.cpp``, built on first use), where the loss and its gradient
-  are computed in one pass and no graph is ever stored.
+* ``cpp``, ``cuda``: the same compiled for the CPU and for GPUs (``similarity_cuda``, built on first use): the loss and
+  its gradient in one call, and the graphs never held as a whole.
 
-``auto`` takes ``cpp`` for CPU tensors where it can be built, else ``boxsum``, and says once which and why.
+``auto`` takes the compiled one of the images' device where it can be had, else ``boxsum``, and says once which and why.
 """
 
+import functools
 import logging
 
 import torch
@@ -292,7 +293,6 @@ def _why_not(mode: str, device_type: str) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def _choose(ssl_mode: str, device_type: str) -> str:
     """Resolve ``auto`` to the fastest form that works on the device, and say so once.
 
@@ -315,6 +315,14 @@ def _choose(ssl_mode: str, device_type: str) -> str:
         if why:
             raise ValueError(f"ssl_mode {ssl_mode!r} cannot be had here: {why}")
     return ssl_mode
+
+
+@functools.cache
+def _meet_the_compiler() -> None:
+    """Say what torch.compile need not look into; not at import, because this loads much of it."""
+    torch.compiler.assume_constant_result(_choose)
+    # Traced, its loops over offsets would be unrolled: minutes of compiling.
+    _DISTANCES["boxsum"] = torch.compiler.disable(_distances_boxsum)
 
 
 def _check(img: Tensor, mask: Tensor, k: int, w: int, search_border: str) -> None:
@@ -375,7 +383,7 @@ def self_similarity_graph(
         kernel_size_window: side of the compared windows, odd, at most ``kernel_size_search``.
         sigma: scaling factor h.
         generalization: divide each row by its sum (+ 1e-10).
-        ssl_mode: ``"auto"``, ``"pytorch"``, ``"boxsum"`` or ``"cpp"``, see the top of this file.
+        ssl_mode: ``"auto"``, ``"pytorch"``, ``"boxsum"``, ``"cpp"`` or ``"cuda"``, see the top of this file.
         search_border: ``"zero"`` as published, or ``"image"``: true windows everywhere; then H and W must exceed half
             of both sizes together.
 
@@ -435,6 +443,7 @@ class SelfSimilarityLoss(nn.Module):
         if ssl_mode != "auto":
             # A mode that cannot be had fails now, not at the first batch.
             _choose(ssl_mode, "cuda" if ssl_mode == "cuda" else "cpu")
+        _meet_the_compiler()
 
     def prepare(self, device: torch.device) -> str:
         """Build and load now what the first batch would need, and say which form it is."""
