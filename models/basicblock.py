@@ -74,6 +74,18 @@ class ShortcutBlock(nn.Module):
         return x + self.sub(x)
 
 
+class ResidualBlock(nn.Module):
+    """``x + conv2(ReLU(conv1(x)))``."""
+
+    def __init__(self, nc: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(nc, nc, 3, 1, 1)
+        self.conv2 = nn.Conv2d(nc, nc, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.relu(self.conv1(x)))
+
+
 class ResidualDenseBlock(nn.Module):
     """Five densely connected convolutions with a residual scaled by 0.2 (ESRGAN, arXiv 1809.00219, figure 4).
 

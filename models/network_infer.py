@@ -16,7 +16,8 @@ def infer_netG(state_dict: Weights, scale: int | None = None) -> dict[str, Any]:
     """Options for ``define_G`` of the network whose weights these are.
 
     Known are RRDBNet in the layouts of BasicSR (also with the pixel-unshuffle of scales 2 and 1), BSRGAN and old
-    ESRGAN, KAIR's RRDB, MSRResNet in those of BasicSR and KAIR, and SRVGGNetCompact.
+    ESRGAN, KAIR's RRDB, SPSRNet, MSRResNet in those of BasicSR and KAIR, RankSRGAN's SRResNet, SRVGGNetCompact, SwinIR
+    and ELAN.
 
     Args:
         state_dict: bare weights by name, as ``utils_checkpoint.load_state_dict`` returns them.
@@ -101,11 +102,18 @@ def _numbered_tail(weights: Weights) -> tuple[list[int], int, str]:
     *numbers, _, last = (n for n in _numbers(weights, r"model\.(\d+)\.weight") if n > 0)
     out_channels, features = len(weights[f"model.{last}.weight"]), len(weights["model.0.weight"])
     kernels = [weights[f"model.{n}.weight"] for n in numbers]
-    if not kernels or numbers[0] == 3:  # the nearest-neighbour layer, number 2, has no weights
-        return _nearest_scales(len(kernels)), out_channels, "upconv"
+    # The nearest-neighbour layer, number 2, has no weights.
+    scales, upsample_mode = _upsampling(kernels, features, is_nearest=numbers[:1] == [3])
+    return scales, out_channels, upsample_mode
+
+
+def _upsampling(kernels: list[Tensor], features: int, is_nearest: bool) -> tuple[list[int], str]:
+    """Scales and upsample mode of successive upsamplings with these kernels."""
+    if not kernels or is_nearest:
+        return _nearest_scales(len(kernels)), "upconv"
     if len(kernels[0]) == features:
-        return [math.prod(kernel.shape[-1] for kernel in kernels)], out_channels, "convtranspose"
-    return [_shuffled(kernels, features)], out_channels, "pixelshuffle"
+        return [math.prod(kernel.shape[-1] for kernel in kernels)], "convtranspose"
+    return [_shuffled(kernels, features)], "pixelshuffle"
 
 
 def _shuffled(kernels: list[Tensor], features: int) -> int:
@@ -124,6 +132,21 @@ def _rrdb(weights: Weights) -> _Found:
     if "model.1.sub.0.RDB1.conv5.0.weight" in weights:
         return scales, out_channels, {"net_type": "rrdbnet", **options}
     return scales, out_channels, {"net_type": "rrdb", "upsample_mode": upsample_mode, **options}
+
+
+def _spsr(weights: Weights) -> _Found:
+    features = len(weights["model.0.weight"])
+    *numbers, _, _ = _numbers(weights, r"b_module\.(\d+)\.weight")
+    kernels = [weights[f"b_module.{n}.weight"] for n in numbers]
+    scales, upsample_mode = _upsampling(kernels, features, is_nearest=numbers[:1] == [1])
+    options = {
+        "net_type": "spsr",
+        "nf": features,
+        "nb": _blocks(weights, r"model\.1\.sub\.(\d+)\.RDB1"),
+        "gc": len(weights["model.1.sub.0.RDB1.conv1.0.weight"]),
+        "upsample_mode": upsample_mode,
+    }
+    return scales, len(weights["f_HR_conv1.0.weight"]), options
 
 
 def _msrresnet0(weights: Weights) -> _Found:
@@ -148,6 +171,11 @@ def _msrresnet1(weights: Weights) -> _Found:
     return [_shuffled(upconvs, features)], len(weights["conv_last.weight"]), options
 
 
+def _ranksrgan_srresnet(weights: Weights) -> _Found:
+    scales, out_channels, options = _msrresnet1(weights)
+    return scales, out_channels, {"net_type": "ranksrgan_srresnet", "nf": options["nc"], "nb": options["nb"]}
+
+
 def _srvgg_compact(weights: Weights) -> _Found:
     if "body.1.weight" not in weights:
         raise ValueError("whether ReLU or LeakyReLU is not written in them")
@@ -157,16 +185,70 @@ def _srvgg_compact(weights: Weights) -> _Found:
     return [math.isqrt(len(weights[f"body.{last}.weight"]) // channels)], channels, options
 
 
-def _has(*names: str, without: str = "") -> Callable[[Weights], bool]:
-    return lambda weights: all(name in weights for name in names) and without not in weights
+def _swinir(weights: Weights) -> _Found:
+    features, channels = weights["conv_first.weight"].shape[:2]
+    groups = range(_blocks(weights, r"layers\.(\d+)\."))
+    blocks = "layers.{}.residual_group.blocks."
+    window = math.isqrt(len(weights["layers.0.residual_group.blocks.0.attn.relative_position_index"]))
+    mask = weights.get("layers.0.residual_group.blocks.1.attn_mask")  # absent where nothing shifts
+    options = {
+        "net_type": "swinir",
+        "img_size": window if mask is None else window * math.isqrt(len(mask)),
+        "window_size": window,
+        # Not written in the weights; of the published networks the JPEG ones have it, and they alone have windows of 7.
+        "img_range": 255.0 if window == 7 else 1.0,
+        "depths": [_blocks(weights, re.escape(blocks.format(g)) + r"(\d+)\.") for g in groups],
+        "embed_dim": features,
+        "num_heads": [weights[blocks.format(g) + "0.attn.relative_position_bias_table"].shape[1] for g in groups],
+        "mlp_ratio": len(weights["layers.0.residual_group.blocks.0.mlp.fc1.bias"]) / features,
+        "resi_connection": "3conv" if "conv_after_body.0.weight" in weights else "1conv",
+    }
+    if "conv_hr.weight" in weights:
+        scales = _nearest_scales(len(_numbers(weights, r"conv_up(\d+)\.")))
+        return scales, channels, options | {"upsampler": "nearest+conv"}
+    kernels = [weights[f"upsample.{n}.weight"] for n in _numbers(weights, r"upsample\.(\d+)\.weight")]
+    if "conv_before_upsample.0.weight" in weights:
+        width = len(weights["conv_before_upsample.0.weight"])
+        return [_shuffled(kernels, width)], channels, options | {"upsampler": "pixelshuffle"}
+    if kernels:
+        return [_shuffled(kernels, channels)], channels, options | {"upsampler": "pixelshuffledirect"}
+    return [1], channels, options | {"upsampler": None}
+
+
+def _elan(weights: Weights) -> _Found:
+    features, channels = weights["head.0.weight"].shape[:2]
+    sharing = _blocks(weights, r"body\.0\.modules_gmsa\.gmsa_(\d+)\.")
+    # The windows and img_range are not written in the weights: the published ones are the defaults.
+    options = {
+        "net_type": "elan",
+        "m_elan": _blocks(weights, r"body\.(\d+)\.") * sharing,
+        "c_elan": features,
+        "n_share": sharing - 1,
+        "r_expand": len(weights["body.0.modules_lfe.lfe_0.conv1.shift_conv.weight"]) // features,
+    }
+    return [math.isqrt(len(weights["tail.0.weight"]) // channels)], channels, options
+
+
+def _has(*names: str) -> Callable[[Weights], bool]:
+    return lambda weights: all(name in weights for name in names)
 
 
 _LAYOUTS: list[tuple[Callable[[Weights], bool], Callable[[Weights], _Found]]] = [
     (_has("body.0.rdb1.conv1.weight"), _rrdbnet_basicsr),
     (_has("RRDB_trunk.0.RDB1.conv1.weight"), _rrdbnet),
-    (_has("model.1.sub.0.RDB1.conv1.0.weight", without="f_concat.0.weight"), _rrdb),  # SPSR shares the trunk
+    (_has("model.1.sub.0.RDB1.conv1.0.weight", "f_concat.0.weight"), _spsr),
+    (_has("model.1.sub.0.RDB1.conv1.0.weight"), _rrdb),
     (_has("model.1.sub.0.res.0.weight"), _msrresnet0),
     (_has("body.0.conv1.weight", "conv_hr.weight"), _msrresnet1),
-    (_has("recon_trunk.0.conv1.weight", "HRconv.weight", without="LRconv.weight"), _msrresnet1),  # RankSRGAN's has it
+    (_has("recon_trunk.0.conv1.weight", "HRconv.weight", "LRconv.weight"), _ranksrgan_srresnet),
+    (_has("recon_trunk.0.conv1.weight", "HRconv.weight"), _msrresnet1),
     (_has("body.0.weight", "body.2.weight"), _srvgg_compact),
+    (
+        _has(
+            "layers.0.residual_group.blocks.0.attn.relative_position_index",  # HAT keeps it elsewhere,
+            "layers.0.residual_group.blocks.0.attn.relative_position_bias_table",  # and Swin2SR has no such table
+        ),
+        _swinir,
+    ),
+    (_has("body.0.modules_lfe.lfe_0.conv0.shift_conv.weight"), _elan),
 ]

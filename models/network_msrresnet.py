@@ -5,7 +5,14 @@ import warnings
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.basicblock import LeakyConv2d, conv_layers, scaled_kaiming_, sequential_sr_network, upscale_factors
+from models.basicblock import (
+    LeakyConv2d,
+    ResidualBlock,
+    conv_layers,
+    scaled_kaiming_,
+    sequential_sr_network,
+    upscale_factors,
+)
 
 
 class _WrappedResidualBlock(nn.Module):
@@ -51,18 +58,6 @@ class MSRResNet0(nn.Module):
         return self.model(x)
 
 
-class _ResidualBlock(nn.Module):
-    """``x + conv2(ReLU(conv1(x)))``."""
-
-    def __init__(self, nc: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(nc, nc, 3, 1, 1)
-        self.conv2 = nn.Conv2d(nc, nc, 3, 1, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(F.relu(self.conv1(x)))
-
-
 class MSRResNet1(nn.Module):
     """MSRResNet on a bilinear base: ``(N, in_nc, H, W)`` -> ``(N, out_nc, upscale H, upscale W)``, not clamped.
 
@@ -95,7 +90,7 @@ class MSRResNet1(nn.Module):
             warnings.warn("msrresnet1 has one form: act_mode and upsample_mode have no effect", stacklevel=2)
         self.factors = upscale_factors(upscale)
         self.conv_first = LeakyConv2d(in_nc, nc, slope=0.1)
-        self.recon_trunk = nn.Sequential(*(_ResidualBlock(nc) for _ in range(nb)))
+        self.recon_trunk = nn.Sequential(*(ResidualBlock(nc) for _ in range(nb)))
         for n, factor in enumerate(self.factors, start=1):
             self.add_module(f"upconv{n}", LeakyConv2d(nc, nc * factor**2, slope=0.1))
         self.HRconv = LeakyConv2d(nc, nc, slope=0.1)

@@ -9,13 +9,19 @@ from torch.nn import init
 from models.network_discriminator import (
     DiscriminatorPatchGAN,
     DiscriminatorUNet,
+    DiscriminatorUNetSmall,
     DiscriminatorVGG,
     DiscriminatorVGG128SN,
+    DiscriminatorVGGStyle,
 )
+from models.network_elan import ELAN
 from models.network_msrresnet import MSRResNet0, MSRResNet1
+from models.network_ranksrgan import RankerVGG12, RankSRGANSRResNet
 from models.network_rrdb import RRDB
 from models.network_rrdbnet import RRDBNet, RRDBNetBasicSR
+from models.network_spsr import SPSRNet
 from models.network_srvgg import SRVGGNetCompact
+from models.network_swinir import SwinIR
 from utils.utils_error import UserError
 from utils.utils_option import network_options
 
@@ -48,12 +54,45 @@ def _generator(net: Any, scale: int) -> nn.Module:
             return RRDBNetBasicSR(net.in_nc, net.out_nc, net.nf, net.nb, net.gc, scale, net.use_checkpoint)
         case "rrdb":
             return RRDB(net.in_nc, net.out_nc, net.nf, net.nb, net.gc, scale, net.act_mode, net.upsample_mode)
+        case "spsr":
+            return SPSRNet(net.in_nc, net.out_nc, net.nf, net.nb, net.gc, scale, net.upsample_mode, net.use_checkpoint)
+        case "ranksrgan_srresnet":
+            return RankSRGANSRResNet(net.in_nc, net.out_nc, net.nf, net.nb, scale)
         case "msrresnet0":
             return MSRResNet0(net.in_nc, net.out_nc, net.nc, net.nb, scale, net.act_mode, net.upsample_mode)
         case "msrresnet1":
             return MSRResNet1(net.in_nc, net.out_nc, net.nc, net.nb, scale, net.act_mode, net.upsample_mode)
         case "srvgg_compact":
             return SRVGGNetCompact(net.in_nc, net.out_nc, net.nf, net.nc, scale, net.act_type)
+        case "swinir":
+            return SwinIR(
+                scale,
+                net.in_chans,
+                net.img_size,
+                net.window_size,
+                net.img_range,
+                net.depths,
+                net.embed_dim,
+                net.num_heads,
+                net.mlp_ratio,
+                net.upsampler,
+                net.resi_connection,
+                net.padding,
+                net.drop_path_rate,
+                use_checkpoint=net.use_checkpoint,
+            )
+        case "elan":
+            return ELAN(
+                scale,
+                net.colors,
+                net.window_sizes,
+                net.m_elan,
+                net.c_elan,
+                net.n_share,
+                net.r_expand,
+                net.img_range,
+                net.use_checkpoint,
+            )
         case unknown:
             raise UserError(f"netG.net_type: {unknown!r} is no generator of this project")
 
@@ -73,17 +112,30 @@ def define_D(opt: Any) -> nn.Module:
 
 def _discriminator(net: Any) -> nn.Module:
     match net.net_type:
-        case "discriminator_unet":
-            return DiscriminatorUNet(net.in_nc, net.base_nc)
+        case "discriminator_unet" | "discriminator_unet_sn":
+            return DiscriminatorUNet(net.in_nc, net.base_nc, net.skip_connection)
+        case "discriminator_unet_sn_v1":
+            return DiscriminatorUNetSmall(net.in_nc, net.base_nc, net.skip_connection)
         case "discriminator_patchgan":
             return DiscriminatorPatchGAN(net.in_nc, net.base_nc, net.n_layers, net.norm_type)
         case "discriminator_vgg_96" | "discriminator_vgg_128" | "discriminator_vgg_192":
             input_size = int(net.net_type.rsplit("_", 1)[1])
             return DiscriminatorVGG(net.in_nc, net.base_nc, net.act_mode, input_size)
+        case "discriminator_vgg_style":
+            return DiscriminatorVGGStyle(net.in_nc, net.base_nc, net.input_size, net.norm_type)
         case "discriminator_vgg_128_SN":
             return DiscriminatorVGG128SN(net.in_nc, net.base_nc)
         case unknown:
             raise UserError(f"netD.net_type: {unknown!r} is no discriminator of this project")
+
+
+def define_R(opt: Any) -> nn.Module:
+    """Build the ranker of ``opt.netR``, initialised when ``opt.is_train``; a new one is trained, not used as it is."""
+    net = opt.netR
+    network = RankerVGG12(net.in_nc, net.base_nc)
+    if opt.is_train:
+        init_weights(network, net.init_type, net.init_bn_type, net.init_gain)
+    return network
 
 
 @torch.no_grad()

@@ -14,6 +14,17 @@ from utils.utils_error import UserError
 
 RRDB = {"nf": 8, "nb": 2, "gc": 4}
 RES = {"nc": 8, "nb": 3}
+SWIN = {
+    "img_size": 14,
+    "window_size": 7,
+    "img_range": 255.0,
+    "depths": [2, 1],
+    "embed_dim": 12,
+    "num_heads": [2, 3],
+    "mlp_ratio": 1.5,
+    "resi_connection": "1conv",
+}
+SPSR = {"nf": 4, "nb": 20, "gc": 2}
 
 # (netG, scales whose weights tell their scale, scales that need --scale)
 NETWORKS: list[tuple[dict[str, Any], list[int], list[int]]] = [
@@ -26,7 +37,16 @@ NETWORKS: list[tuple[dict[str, Any], list[int], list[int]]] = [
     ({"net_type": "msrresnet0", "upsample_mode": "pixelshuffle", **RES}, [2, 3, 4], []),
     ({"net_type": "msrresnet0", "upsample_mode": "convtranspose", **RES}, [2, 3, 4], []),
     ({"net_type": "msrresnet1", **RES}, [2, 3, 4], []),
+    ({"net_type": "spsr", "upsample_mode": "upconv", **SPSR}, [4], [2, 3]),
+    ({"net_type": "spsr", "upsample_mode": "pixelshuffle", **SPSR}, [3], []),
+    ({"net_type": "spsr", "upsample_mode": "convtranspose", **SPSR}, [2], []),
+    ({"net_type": "ranksrgan_srresnet", "nf": 8, "nb": 3}, [2, 3, 4], []),
     ({"net_type": "srvgg_compact", "nf": 8, "nc": 3, "act_type": "prelu"}, [1, 2, 3, 4], []),
+    ({"net_type": "swinir", "upsampler": "pixelshuffle", **SWIN}, [1, 2, 3, 4, 8], []),
+    ({"net_type": "swinir", "upsampler": "pixelshuffledirect", **SWIN}, [1, 2, 3, 4], []),
+    ({"net_type": "swinir", "upsampler": "nearest+conv", **SWIN}, [1, 4, 8], [2, 3]),
+    ({"net_type": "swinir", "upsampler": None, **SWIN, "resi_connection": "3conv"}, [1], []),
+    ({"net_type": "elan", "m_elan": 4, "c_elan": 6, "n_share": 1, "r_expand": 3}, [1, 2, 3, 4], []),
 ]
 
 
@@ -54,7 +74,12 @@ def test_every_network_is_told_from_its_weights(netG, scales, open_scales, n_cha
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in golden_archs.names("rrdbnet", "kair_rrdb", "msrresnet", "kair_msrresnet") if "x1" not in n]
+    "name",
+    [
+        n
+        for n in golden_archs.names("rrdbnet", "kair_rrdb", "msrresnet", "kair_msrresnet", "spsr", "ranksr")
+        if "x1" not in n
+    ],
 )
 def test_published_layouts_are_recognised_and_load(name, tmp_path):
     scale = int(name[name.index("_x") + 2])
@@ -92,8 +117,6 @@ def test_relu_and_leakyrelu_leave_no_trace_and_need_the_options():
     [
         {"layers.0.residual_group.blocks.0.attn.qkv.weight": torch.zeros(3, 3)},  # SwinIR
         {"conv0.weight": torch.zeros(8, 3, 3, 3), "conv1.weight_orig": torch.zeros(8, 8, 4, 4)},  # a discriminator
-        {**weights({"net_type": "rrdb", **RRDB}, 4), "f_concat.0.weight": torch.zeros(8, 16, 3, 3)},  # SPSR
-        {**weights({"net_type": "msrresnet1", **RES}, 4), "LRconv.weight": torch.zeros(8, 8, 3, 3)},  # RankSRGAN
         {},
     ],
 )

@@ -208,6 +208,7 @@ def discriminator_options(net_type: str, **changed: Any) -> SimpleNamespace:
             "base_nc": 4,
             "n_layers": 3,
             "norm_type": "spectral",
+            "skip_connection": True,
             "act_mode": "BL",
             "init_type": "orthogonal",
             "init_bn_type": "uniform",

@@ -204,6 +204,9 @@ def load_network(path: str | Path, network: nn.Module, strict: bool = True, para
     network = unwrap(network)
     own = network.state_dict()
     weights = _in_names_of(own, load_state_dict(path, param_key))
+    # What a network works out by itself (SwinIR's masks) is in files too, in the size that was right for them.
+    computed = getattr(network, "computed_buffers", ())
+    weights = {key: own[key] if key in own and key.endswith(computed) else value for key, value in weights.items()}
     fitting = {key: value for key, value in weights.items() if key in own and value.shape == own[key].shape}
     report = LoadReport(
         path=str(path),

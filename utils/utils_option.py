@@ -93,6 +93,12 @@ class RRDBNetBasicSROptions(_RRDBNetBase):
     )
 
 
+class SPSROptions(_RRDBNetBase):
+    net_type: Literal["spsr"] = Field("spsr", description="SPSRNet, guided by a branch that enlarges the gradient")
+    nb: Annotated[int, BeforeValidator(_integral), Field(ge=20)] = Field(23, description="blocks; the branch needs 20")
+    upsample_mode: Literal["upconv", "pixelshuffle", "convtranspose"] = Field("upconv", description="upsampling")
+
+
 class RRDBOptions(_Generator):
     net_type: Literal["rrdb"] = Field("rrdb", description="KAIR's RRDB, sequential names")
     nf: Positive = Field(64, description="features (KAIR: nc)")
@@ -110,6 +116,12 @@ class MSRResNetOptions(_Generator):
     upsample_mode: Literal["upconv", "pixelshuffle", "convtranspose"] = Field("upconv", description="upsampling")
 
 
+class RankSRGANSRResNetOptions(_Generator):
+    net_type: Literal["ranksrgan_srresnet"] = Field("ranksrgan_srresnet", description="SRResNet of RankSRGAN")
+    nf: Positive = Field(64, description="features")
+    nb: Positive = Field(16, description="residual blocks")
+
+
 class SRVGGOptions(_Generator):
     net_type: Literal["srvgg_compact"] = Field("srvgg_compact", description="small and fast, of Real-ESRGAN")
     nf: Positive = Field(64, description="features")
@@ -117,8 +129,53 @@ class SRVGGOptions(_Generator):
     act_type: Literal["prelu", "relu", "leakyrelu"] = Field("prelu", description="activation")
 
 
+class SwinIROptions(_Network):
+    net_type: Literal["swinir"] = Field("swinir", description="SwinIR, arXiv 2108.10257; the defaults are SwinIR-M")
+    upscale: Positive | None = Field(None, description="null = scale")
+    in_chans: Positive | None = Field(None, description="image channels; null = n_channels")
+    img_size: Positive = Field(64, description="side of the L patch in training; sizes only the masks in the files")
+    window_size: Positive = Field(8, description="side of the attention windows; img_size must divide by it")
+    img_range: Rate = Field(1.0, description="factor of the input; 255 in the JPEG models")
+    depths: list[Positive] = Field([6] * 6, description="Swin blocks of each residual group", min_length=1)
+    embed_dim: Positive = Field(180, description="features")
+    num_heads: list[Positive] = Field([6] * 6, description="attention heads in each residual group", min_length=1)
+    mlp_ratio: Rate = Field(2.0, description="widening in the perceptrons")
+    upsampler: Literal["pixelshuffle", "pixelshuffledirect", "nearest+conv", ""] | None = Field(
+        "pixelshuffle", description="pixelshuffle, ...direct (lightweight), nearest+conv (real-world); null = scale 1"
+    )
+    resi_connection: Literal["1conv", "3conv"] = Field("1conv", description="convolutions at the end of a group")
+    padding: Literal["reflect", "mirror"] = Field(
+        "reflect",
+        description="reflect = to the next multiple of the window; mirror = a whole window more, as SSL's code",
+    )
+    drop_path_rate: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.1, description="chance to skip the last block in training, rising from 0 at the first"
+    )
+    use_checkpoint: bool = Field(False, description="recompute blocks in the backward pass: less memory, more time")
+
+
+class ELANOptions(_Network):
+    net_type: Literal["elan"] = Field("elan", description="ELAN, arXiv 2203.06697")
+    colors: Positive | None = Field(None, description="image channels; null = n_channels")
+    window_sizes: list[Positive] = Field([4, 8, 16], description="a window for each group of channels", min_length=1)
+    m_elan: Positive = Field(36, description="attention blocks")
+    c_elan: Positive = Field(180, description="features; divide by the number of windows")
+    n_share: Count = Field(0, description="blocks after each one that attend with its queries")
+    r_expand: Positive = Field(2, description="widening of the local features")
+    img_range: Rate = Field(255.0, description="factor of the input")
+    use_checkpoint: bool = Field(False, description="recompute blocks in the backward pass: less memory, more time")
+
+
 NetG = Annotated[
-    RRDBNetOptions | RRDBNetBasicSROptions | RRDBOptions | MSRResNetOptions | SRVGGOptions,
+    RRDBNetOptions
+    | RRDBNetBasicSROptions
+    | RRDBOptions
+    | SPSROptions
+    | MSRResNetOptions
+    | RankSRGANSRResNetOptions
+    | SRVGGOptions
+    | SwinIROptions
+    | ELANOptions,
     Field(discriminator="net_type"),
 ]
 
@@ -129,9 +186,12 @@ class _Discriminator(_Network):
 
 
 class UNetDiscriminatorOptions(_Discriminator):
-    net_type: Literal["discriminator_unet"] = Field(
-        "discriminator_unet", description="U-Net with spectral norm, one logit per pixel; patches divisible by 8"
+    net_type: Literal["discriminator_unet", "discriminator_unet_sn", "discriminator_unet_sn_v1"] = Field(
+        "discriminator_unet",
+        description="U-Net with spectral norm, one logit per pixel; patches divisible by 8. ..._sn is BasicSR's name "
+        "of the same network; ..._v1 a small one for any size, which no recipe uses",
     )
+    skip_connection: bool = Field(True, description="add the features of the way down to those of the way up")
 
 
 class PatchGANOptions(_Discriminator):
@@ -149,6 +209,15 @@ class VGGDiscriminatorOptions(_Discriminator):
     act_mode: ActMode = Field("BL", description="batch norm and LeakyReLU or ReLU")
 
 
+class VGGStyleDiscriminatorOptions(_Discriminator):
+    net_type: Literal["discriminator_vgg_style"] = Field(
+        "discriminator_vgg_style",
+        description="BasicSR's VGG style, of ESRGAN, SPSR, LDL, BebyGAN (192), RankSRGAN (296)",
+    )
+    input_size: Literal[128, 192, 256, 296] = Field(128, description="the only patch size it takes")
+    norm_type: Literal["batch", "spectral"] = Field("batch", description="normalisation; published: batch")
+
+
 class VGG128SNOptions(_Discriminator):
     net_type: Literal["discriminator_vgg_128_SN"] = Field(
         "discriminator_vgg_128_SN", description="VGG style with spectral norm, patches of 128"
@@ -156,9 +225,19 @@ class VGG128SNOptions(_Discriminator):
 
 
 NetD = Annotated[
-    UNetDiscriminatorOptions | PatchGANOptions | VGGDiscriminatorOptions | VGG128SNOptions,
+    UNetDiscriminatorOptions
+    | PatchGANOptions
+    | VGGDiscriminatorOptions
+    | VGGStyleDiscriminatorOptions
+    | VGG128SNOptions,
     Field(discriminator="net_type"),
 ]
+
+
+class RankerOptions(_Network):
+    net_type: Literal["ranker_vgg12"] = Field("ranker_vgg12", description="RankSRGAN's ranker")
+    in_nc: Positive | None = Field(None, description="input channels; null = n_channels")
+    base_nc: Positive = Field(64, description="features of the first layer")
 
 
 # ------------------------------------------------------------------------------------------------ data, paths, train
@@ -554,15 +633,18 @@ def _validate(cls: type[Any], raw: dict[str, Any], source: str) -> Any:
 # -------------------------------------------------------------------------------------------------------- resolving
 
 
-def _with_channels(network: Any, n_channels: int, side: str, source: str) -> Any:
-    """``in_nc`` and ``out_nc`` come from ``n_channels``; a file that states another number contradicts itself."""
+_FROM_THE_TOP = dict.fromkeys(("in_nc", "out_nc", "in_chans", "colors"), "n_channels") | {"upscale": "scale"}
+
+
+def _with_top(network: Any, top: Any, side: str, source: str) -> Any:
+    """Channels and scale come from the top of the file; a network that states other numbers contradicts it."""
     update = {}
-    for name in ("in_nc", "out_nc"):
+    for name, key in _FROM_THE_TOP.items():
         if name in type(network).model_fields:
-            given = getattr(network, name)
-            if given not in (None, n_channels):
-                raise UserError(f"{source}: {side}.{name}: {given} contradicts n_channels {n_channels}; remove it")
-            update[name] = n_channels
+            given, value = getattr(network, name), getattr(top, key)
+            if given not in (None, value):
+                raise UserError(f"{source}: {side}.{name}: {given} contradicts {key} {value}; remove it")
+            update[name] = value
     return network.model_copy(update=update)
 
 
@@ -591,7 +673,12 @@ def patch_size(data: DatasetOptions) -> int:
 def _problems(opt: Options) -> Iterator[str]:
     """What is valid key by key but cannot work together: the first of these is the error."""
     train, data = opt.train, opt.train_set
-    scales = {"rrdbnet_basicsr": (1, 2, 4), "srvgg_compact": range(1, 9)}.get(opt.netG.net_type, (2, 3, 4))
+    scales = {
+        "rrdbnet_basicsr": (1, 2, 4),
+        "srvgg_compact": range(1, 9),
+        "swinir": (1, 2, 3, 4, 8),
+        "elan": range(1, 9),
+    }.get(opt.netG.net_type, (2, 3, 4))
     if opt.scale not in scales:
         yield f"scale: {opt.netG.net_type} is made for scales {', '.join(map(str, scales))}, not {opt.scale}"
     for name in opt.test_sets:
@@ -656,8 +743,10 @@ def _problems(opt: Options) -> Iterator[str]:
             yield "train: all losses of the generator have weight 0: nothing to train"
         if opt.netD is None:
             yield "netD: is required for model gan (for example discriminator_unet)"
-        elif opt.netD.net_type == "discriminator_unet" and size % 8:
-            yield f"netD.net_type: discriminator_unet takes patches divisible by 8, not {size}"
+        elif opt.netD.net_type in ("discriminator_unet", "discriminator_unet_sn") and size % 8:
+            yield f"netD.net_type: {opt.netD.net_type} takes patches divisible by 8, not {size}"
+        elif isinstance(opt.netD, VGGStyleDiscriminatorOptions) and opt.netD.input_size != size:
+            yield f"netD.input_size: {opt.netD.input_size} takes patches of {opt.netD.input_size} pixels, not {size}"
         elif (only := re.search(r"vgg_(\d+)", opt.netD.net_type)) and int(only[1]) != size:
             yield f"netD.net_type: {opt.netD.net_type} takes patches of {only[1]} pixels, not {size}"
 
@@ -691,8 +780,8 @@ def parse(path: str | Path, is_train: bool = True, overrides: Iterable[str] = ()
             "is_train": is_train,
             "unused": unused,
             "datasets": {name: _filled_in(name, data, opt, source) for name, data in opt.datasets.items()},
-            "netG": _with_channels(opt.netG, opt.n_channels, "netG", source),
-            "netD": opt.netD and _with_channels(opt.netD, opt.n_channels, "netD", source),
+            "netG": _with_top(opt.netG, opt, "netG", source),
+            "netD": opt.netD and _with_top(opt.netD, opt, "netD", source),
         }
     )
     for problem in _problems(opt):
@@ -708,7 +797,7 @@ def network_options(raw: Mapping[str, Any]) -> NetworkOptions:
     _translate(picked, source)
     opt: NetworkOptions = _validate(NetworkOptions, picked, source)
     update = {
-        side: _with_channels(network, opt.n_channels, side, source)
+        side: _with_top(network, opt, side, source)
         for side, network in (("netG", opt.netG), ("netD", opt.netD))
         if network is not None
     }

@@ -55,7 +55,8 @@ def _enlarge(netG: nn.Module, L: Tensor, scale: int, multiple: int) -> Tensor:
     if bottom or right:
         # Reflection needs more pixels than it adds.
         L = F.pad(L, (0, right, 0, bottom), mode="reflect" if bottom < h and right < w else "replicate")
-    E = netG(L)
+    output = netG(L)
+    E: Tensor = getattr(output, "E", output)  # SPSR returns its gradient maps too
     if E.shape[-2:] != (L.shape[-2] * scale, L.shape[-1] * scale):
         found, given = " x ".join(map(str, E.shape[-2:])), " x ".join(map(str, L.shape[-2:]))
         raise ValueError(f"the network made {found} pixels of {given}: this is not scale {scale}")
