@@ -2,7 +2,20 @@
 
 ``load("cpp")`` builds (once for each machine, PyTorch and source) and loads the C++ kernels; then the operators
 ``torch.ops.similarity.distances`` and ``torch.ops.similarity.loss`` work on CPU tensors, under autograd and
-``torch.compile``. ``utils/utils_ssl.py`` calls them; both can be copied into another trainer together.
+``torch.compile``; ``load("cuda")`` makes them work on CUDA tensors. ``utils/utils_ssl.py`` calls them; both can be
+copied into another trainer together. ``python -m similarity_cuda`` checks and times what this machine can have.
+
+    distances(img, image, row, column, search, window, zero_border)
+        img: (N, C, H, W) float32 or float64. image, row, column: (M,) int64, the masked pixels, each at most once.
+        -> (M, search, search): the distances of the specification (utils/utils_ssl.py), differentiable in img.
+    loss(sr, hr, mask, search, window, zero_border, sigma, generalization, l1_weight, kl_weight, with_gradient)
+        sr, hr: as img. mask: (N, 1, H, W), of any type; entries equal to 1 are selected.
+        -> the loss, its L1 and KL terms without their weights, and the gradient of the loss with respect to sr (empty
+        unless asked for). The loss is differentiable in sr.
+
+Both are deterministic, run to run and for any number of threads. On a GPU the host waits for it once in a call of
+``loss``, to learn how many pixels are masked: that is the size of what follows. They raise RuntimeError (ValueError for
+a mask that is not of {0, 1}) with the offending value.
 """
 
 import torch
@@ -56,6 +69,8 @@ def _loss_context(ctx, inputs, output) -> None:
 
 
 def _loss_gradient(ctx, grad, *_):
+    if ctx.needs_input_grad[1]:
+        raise RuntimeError("similarity::loss has no gradient with respect to hr: detach it")
     return (grad * ctx.saved_tensors[0], *[None] * 10)
 
 

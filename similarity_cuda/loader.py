@@ -187,7 +187,7 @@ def _build(name: str, sources: list[Path], compiler_flags: list[str], linker_fla
                 name,
                 [str(source) for source in sources],
                 extra_cflags=compiler_flags,
-                extra_cuda_cflags=["-O3"],
+                extra_cuda_cflags=["-O3", "--threads=0"],
                 extra_ldflags=linker_flags,
                 build_directory=folder,
                 with_cuda=with_cuda,

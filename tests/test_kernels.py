@@ -1,8 +1,9 @@
 """The GPU kernels: their own source, run on the CPU over small sizes, and compiled for every architecture by nvcc."""
 
 import itertools
-import shutil
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from similarity_cuda import loader
 from tests.conftest import REPOSITORY
 from tests.cuda_on_cpu import build
 from utils.utils_ssl import SelfSimilarityLoss, _distances_specification
@@ -292,21 +294,15 @@ def test_kernels_stay_within_their_memory(border, dtype):
         assert np.isfinite(gradient).all()
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-def test_kernels_compile_for_every_supported_architecture(tmp_path):
-    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (75, 80, 86, 89, 90)]
-    source = REPOSITORY / "similarity_cuda" / "kernels.cu"
-    command = [
-        "nvcc",
-        "-std=c++17",
-        "-Werror=all-warnings",
-        "--threads",
-        "0",
-        *targets,
-        "-c",
-        str(source),
-        "-o",
-        "kernels.o",
-    ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.skipif(loader._toolkit() is None, reason="no CUDA toolkit")
+@pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch without CUDA")
+def test_the_op_compiles_for_every_supported_architecture_and_links_with_pytorch():
+    script = (
+        "import similarity_cuda, torch; from similarity_cuda import loader; loader._build_and_load('cuda')\n"
+        "print(torch._C._dispatch_has_kernel_for_dispatch_key('similarity::loss', 'CUDA'))"
+    )
+    environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": "7.5;8.0;8.6;8.9;9.0"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.stdout.strip() == "True", done.stderr

@@ -1,4 +1,4 @@
-"""The self-similarity loss: both PyTorch forms against the published numbers and against each other."""
+"""The self-similarity loss: every form against the published numbers and against the specification."""
 
 import json
 import logging
@@ -16,8 +16,25 @@ from utils.utils_ssl import SelfSimilarityLoss, edge_mask, mask_stride_pattern, 
 
 WHY_NO_CPP = utils_ssl._why_not("cpp", "cpu")
 CPP = pytest.param("cpp", marks=pytest.mark.skipif(WHY_NO_CPP is not None, reason=f"no C++ kernels: {WHY_NO_CPP}"))
-MODES = ["pytorch", "boxsum", CPP]
+WHY_NO_CUDA = utils_ssl._why_not("cuda", "cuda")
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(WHY_NO_CUDA is not None, reason=f"no CUDA kernels: {WHY_NO_CUDA}"))
+MODES = ["pytorch", "boxsum", CPP, CUDA]
 CASES = sorted(path.stem for path in (GOLDEN / "ssl").glob("s*.json"))
+
+
+class Loss(SelfSimilarityLoss):
+    """The loss, computed on a GPU in the mode for GPUs; tensors and gradients stay on the CPU."""
+
+    def parts(self, *images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        device = "cuda" if self.ssl_mode == "cuda" else "cpu"
+        total, l1, kl = super().parts(*(image.to(device) for image in images))
+        return total.cpu(), l1.cpu(), kl.cpu()
+
+
+def graph_of(img: torch.Tensor, mask: torch.Tensor, *sizes: float, ssl_mode: str, **settings) -> torch.Tensor:
+    """The graph, likewise."""
+    device = "cuda" if ssl_mode == "cuda" else "cpu"
+    return self_similarity_graph(img.to(device), mask.to(device), *sizes, ssl_mode=ssl_mode, **settings).cpu()
 
 
 def published_pair() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -34,9 +51,9 @@ def published_pair() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("mode", MODES)
 def test_graph_of_the_generated_image_has_the_published_numbers(mode):
     gt, sr, mask = published_pair()
-    plain = self_similarity_graph(gt, mask, generalization=False, ssl_mode=mode).reshape(4, 25, 25)
-    graph = self_similarity_graph(gt, mask, ssl_mode=mode).reshape(4, 25, 25)
-    graph_sr = self_similarity_graph(sr, mask, ssl_mode=mode).reshape(4, 25, 25)
+    plain = graph_of(gt, mask, generalization=False, ssl_mode=mode).reshape(4, 25, 25)
+    graph = graph_of(gt, mask, ssl_mode=mode).reshape(4, 25, 25)
+    graph_sr = graph_of(sr, mask, ssl_mode=mode).reshape(4, 25, 25)
     # The figures are printed with ten decimals.
     published = [7.6218446099, 26.3403832140, 35.9930937156, 8.2852154081]
     torch.testing.assert_close(plain.sum((1, 2)), torch.tensor(published, dtype=torch.float64), rtol=0, atol=6e-11)
@@ -58,11 +75,11 @@ def test_graph_of_the_generated_image_has_the_published_numbers(mode):
 def test_loss_and_gradient_of_the_generated_pair_are_the_published_ones(mode):
     gt, sr, mask = published_pair()
     sr.requires_grad_()
-    _, l1, kl = SelfSimilarityLoss(1, 1, ssl_mode=mode).parts(sr, gt, mask)
+    _, l1, kl = Loss(1, 1, ssl_mode=mode).parts(sr, gt, mask)
     # Printed with thirteen digits, computed in float64.
     assert l1.item() == pytest.approx(1.019350012864e-04, rel=1e-11)
     assert kl.item() == pytest.approx(6.786220051409e-06, rel=1e-11)
-    (gradient,) = torch.autograd.grad(SelfSimilarityLoss(1000, 1000, ssl_mode=mode)(sr, gt, mask), sr)
+    (gradient,) = torch.autograd.grad(Loss(1000, 1000, ssl_mode=mode)(sr, gt, mask), sr)
     # Printed with eleven decimals at most.
     assert gradient.sum().item() == pytest.approx(-8.4240981e-03, abs=6e-11)
     assert gradient.abs().sum().item() == pytest.approx(17.597248932, abs=6e-10)
@@ -84,7 +101,7 @@ def test_every_golden_case_gives_its_values_and_gradients(golden, case, mode, dt
     if mode == "pytorch" and sizes == (25, 9) and info["masked_pixels"] > 100:
         pytest.skip("the specification would hold more than 100 MB of windows per image")
     sr.requires_grad_()
-    loss, l1, kl = SelfSimilarityLoss(1, 1, *settings, ssl_mode=mode).parts(sr, gt, mask)
+    loss, l1, kl = Loss(1, 1, *settings, ssl_mode=mode).parts(sr, gt, mask)
     loss.backward()
     if dtype == torch.float64:  # agreement to rounding
         rtol = dict(l1=1e-12, kl=1e-9, graph=1e-11, gradient=1e-10)
@@ -94,7 +111,7 @@ def test_every_golden_case_gives_its_values_and_gradients(golden, case, mode, dt
     assert l1.item() == pytest.approx(float(data["loss_l1"]), rel=rtol["l1"])
     assert kl.item() == pytest.approx(float(data["loss_kl"]), rel=rtol["kl"])
     for image, name in ((sr.detach(), "sr"), (gt, "gt")):
-        graph = self_similarity_graph(image, mask, *settings, ssl_mode=mode).double().numpy()
+        graph = graph_of(image, mask, *settings, ssl_mode=mode).double().numpy()
         rows = data["ssg_rows"] if "ssg_rows" in data else slice(None)
         published = data[f"ssg_{name}"]
         # Entries far down the exponential carry the relative error of the exponent; all that matter are above 1e-12.
@@ -112,7 +129,7 @@ def test_batches_average_over_the_pixels_of_all_images(golden, case, strided, mo
     data = np.load(golden / "ssl" / f"{case}.npz")
     gt, sr = (torch.tensor(data[name]).double() for name in ("gt", "sr"))
     mask = torch.tensor(data["mask"]).reshape(len(gt), 1, *gt.shape[2:]).double()
-    loss = SelfSimilarityLoss(
+    loss = Loss(
         info["loss_weight"],
         info["loss_weight"],
         info["kernel_size_search"],
@@ -141,7 +158,8 @@ def test_batches_average_over_the_pixels_of_all_images(golden, case, strided, mo
         (30, 20, 7, 1, 2),
         (8, 9, 1, 1, 3),
         (16, 40, 25, 25, 1),
-        (70, 35, 13, 11, 3),  # several tiles of the C++ form, a window of more than nine
+        (70, 35, 13, 11, 3),  # several tiles of the compiled forms, a window of more than nine
+        (14, 150, 5, 3, 3),  # wider than a tile
     ],
 )
 @pytest.mark.parametrize("border", ["zero", "image"])
@@ -159,12 +177,12 @@ def test_every_form_equals_the_specification_for_any_sizes(height, width, search
     graphs, losses = [], []
     for form in ("pytorch", mode):
         img = image.clone().requires_grad_()
-        graph = self_similarity_graph(img, mask, search, window, 0.1, ssl_mode=form, search_border=border)
+        graph = graph_of(img, mask, search, window, 0.1, ssl_mode=form, search_border=border)
         upstream = torch.rand(graph.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
         graphs.append((graph.detach(), torch.autograd.grad((graph * upstream).sum(), img)[0]))
         for generalization in (True, False):
             settings = (search, window, 0.1, generalization)
-            loss = SelfSimilarityLoss(300, 700, *settings, ssl_mode=form, search_border=border)
+            loss = Loss(300, 700, *settings, ssl_mode=form, search_border=border)
             parts = loss.parts(img, target, mask)
             gradient = torch.autograd.grad(2.5 * parts[0], img)[0]
             losses.append([torch.stack([p.detach() for p in parts]), gradient])
@@ -181,7 +199,7 @@ def test_gradient_passes_gradcheck(mode):
     image = torch.rand(2, 2, 6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     mask = torch.zeros(2, 1, 6, 7)
     mask[0, 0, 0, 0] = mask[0, 0, 3, 4] = mask[1, 0, 5, 6] = 1
-    assert torch.autograd.gradcheck(lambda x: self_similarity_graph(x, mask, 5, 3, 0.3, ssl_mode=mode), image)
+    assert torch.autograd.gradcheck(lambda x: graph_of(x, mask, 5, 3, 0.3, ssl_mode=mode), image)
 
 
 def test_many_large_images_are_split_without_changing_the_graph():
@@ -196,7 +214,7 @@ def test_many_large_images_are_split_without_changing_the_graph():
 @pytest.mark.parametrize("mode", MODES)
 def test_empty_masks_give_zero_loss_and_zero_gradient(mode):
     sr = torch.rand(2, 3, 16, 16, requires_grad=True)
-    loss = SelfSimilarityLoss(1000, 1000, 9, 3, ssl_mode=mode)(sr, torch.rand(2, 3, 16, 16), torch.zeros(2, 1, 16, 16))
+    loss = Loss(1000, 1000, 9, 3, ssl_mode=mode)(sr, torch.rand(2, 3, 16, 16), torch.zeros(2, 1, 16, 16))
     loss.backward()
     assert loss.item() == 0
     assert sr.grad is not None
@@ -322,6 +340,21 @@ def test_the_compiled_operators_are_well_behaved_under_pytorch():
     graph = self_similarity_graph(sr, mask, 7, 3, 0.1, ssl_mode="cpp")
     with pytest.raises(RuntimeError, match="second derivatives"):
         torch.autograd.grad(graph.sum(), sr, create_graph=True)
+    loss = torch.ops.similarity.loss(sr, hr.requires_grad_(), mask, 7, 3, True, 0.1, True, 1.0, 1.0, True)
+    with pytest.raises(RuntimeError, match="no gradient with respect to hr"):
+        loss[0].backward()
+
+
+@pytest.mark.skipif(WHY_NO_CPP is not None, reason=f"no C++ kernels: {WHY_NO_CPP}")
+def test_torch_compile_takes_the_loss_whole_and_changes_no_bit():
+    loss = SelfSimilarityLoss(1000, 1000, 7, 3, 0.1)
+    results = []
+    for module in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        sr, hr = (torch.rand(2, 3, 16, 18, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+        value = module(sr.requires_grad_(), hr)
+        results.append((value.item(), torch.autograd.grad(value, sr)[0]))
+    assert results[0][0] == results[1][0]
+    assert torch.equal(results[0][1], results[1][1])
 
 
 @pytest.mark.skipif(WHY_NO_CPP is not None, reason=f"no C++ kernels: {WHY_NO_CPP}")
@@ -360,6 +393,22 @@ def test_the_compiled_operators_check_what_they_are_given(arguments, words):
         torch.ops.similarity.distances(img, one, row, one, arguments.get("search", 7), arguments.get("window", 3), True)
 
 
+@pytest.mark.skipif(WHY_NO_CPP is not None, reason=f"no C++ kernels: {WHY_NO_CPP}")
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (dict(hr=torch.rand(1, 3, 16, 19)), RuntimeError, r"hr \[1, 3, 16, 19\] Float on cpu must be alike"),
+        (dict(hr=torch.rand(1, 3, 16, 18).double()), RuntimeError, "Double on cpu must be alike"),
+        (dict(mask=torch.ones(1, 3, 16, 18)), RuntimeError, r"mask \[1, 3, 16, 18\]"),
+        (dict(mask=torch.full((1, 1, 16, 18), 255.0)), ValueError, "must be of {0, 1}"),
+    ],
+)
+def test_the_compiled_loss_checks_what_it_is_given(arguments, error, words):
+    hr, mask = arguments.get("hr", torch.rand(1, 3, 16, 18)), arguments.get("mask", torch.ones(1, 1, 16, 18))
+    with pytest.raises(error, match=words):
+        torch.ops.similarity.loss(torch.rand(1, 3, 16, 18), hr, mask, 7, 3, True, 0.1, True, 1.0, 1.0, False)
+
+
 def test_a_broken_compiler_is_named_and_the_loss_still_computed(tmp_path):
     script = (
         "import logging, torch; logging.basicConfig(level=logging.INFO, format='%(message)s')\n"
@@ -382,12 +431,39 @@ def test_a_broken_compiler_is_named_and_the_loss_still_computed(tmp_path):
     assert "ValueError: ssl_mode 'cpp' cannot be had here" in done.stderr
 
 
+def test_two_processes_that_start_at_once_build_the_op_once(tmp_path):
+    if WHY_NO_CPP is not None:
+        pytest.skip(f"no C++ kernels: {WHY_NO_CPP}")
+    script = (
+        "import logging; logging.basicConfig(level=logging.INFO)\n"
+        "import similarity_cuda, torch; similarity_cuda.load('cpp')\n"
+        "one = torch.tensor([4]); img = torch.arange(81.0).reshape(1, 1, 9, 9)\n"
+        "print(torch.ops.similarity.distances(img, one * 0, one, one, 3, 1, True).flatten().tolist())"
+    )
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    ends = [process.communicate(timeout=600) for process in processes]
+    for out, err in ends:
+        assert out.strip() == "[100.0, 81.0, 64.0, 1.0, 0.0, 1.0, 64.0, 81.0, 100.0]", err
+    assert sum(err.count("building") for _, err in ends) == 1
+
+
 def test_nan_in_the_output_gives_a_nan_loss_in_every_form():
     gt, sr, mask = published_pair()
     sr[0, 0, 12, 12] = float("nan")
-    for mode in ["pytorch", "boxsum"] + ([] if WHY_NO_CPP else ["cpp"]):
-        assert SelfSimilarityLoss(1, 1, ssl_mode=mode)(sr, gt, mask).isnan()
-        assert SelfSimilarityLoss(1, 1, ssl_mode=mode)(sr.float(), gt.float(), mask).isnan()
+    for mode in ["pytorch", "boxsum"] + ([] if WHY_NO_CPP else ["cpp"]) + ([] if WHY_NO_CUDA else ["cuda"]):
+        assert Loss(1, 1, ssl_mode=mode)(sr, gt, mask).isnan()
+        assert Loss(1, 1, ssl_mode=mode)(sr.float(), gt.float(), mask).isnan()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -401,3 +477,19 @@ def test_gpu_gives_the_values_and_gradients_of_the_cpu(mode):
         results.append((loss.item(), torch.autograd.grad(loss, x)[0].cpu()))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-12)  # float64 in another order
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.skipif(WHY_NO_CUDA is not None, reason=f"no CUDA kernels: {WHY_NO_CUDA}")
+def test_the_op_on_a_gpu_is_well_behaved_under_pytorch_and_deterministic():
+    sr, hr = torch.rand(3, 3, 40, 150, device="cuda", requires_grad=True), torch.rand(3, 3, 40, 150, device="cuda")
+    mask = torch.rand(3, 1, 40, 150, device="cuda") < 0.2
+    pixels = (mask[:, 0] == 1).nonzero(as_tuple=True)
+    torch.library.opcheck(torch.ops.similarity.distances.default, (sr, *pixels, 7, 3, True))
+    arguments = (sr, hr, mask, 25, 9, True, 0.1, True, 1.0, 1.0, True)
+    torch.library.opcheck(torch.ops.similarity.loss.default, arguments)
+    torch.use_deterministic_algorithms(True)
+    try:
+        one, other = (torch.ops.similarity.loss(*arguments) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
