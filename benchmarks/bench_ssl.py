@@ -309,6 +309,25 @@ def _measure_on_gpu(form: str, window: int, sets: list[tuple[Tensor, Tensor, Ten
     return _milliseconds([functools.partial(loss_and_gradient, *s) for s in sets]), extra, value
 
 
+def kernel_times(sets: list[tuple[Tensor, Tensor, Tensor]]) -> str:
+    """A table of the kernels of one call of the op with the published window, those of a percent or more."""
+    loss = loss_of("cuda", W)
+
+    def call() -> None:
+        torch.autograd.grad(loss(*sets[0]), sets[0][0])
+
+    call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    times = [(event.self_device_time_total / 1000, event.count, event.key) for event in profile.key_averages()]
+    total = sum(time for time, _, _ in times)
+    rows = [
+        f"{t:>9.3f}{t / total:>6.0%}{n:>7}  {key[:70]}" for t, n, key in sorted(times, reverse=True) if t > total / 100
+    ]
+    return "\n".join([f"{'ms':>9}{'':>6}{'calls':>7}  kernel", *rows])
+
+
 def gpu_rows(image: np.ndarray) -> None:
     sr, hr = pairs(image, round(BATCH**0.5))
     turned: list[Callable[[Tensor], Tensor]] = [
@@ -329,7 +348,7 @@ def gpu_rows(image: np.ndarray) -> None:
         f"{'over least':>12}{f'{WIDE}/{W}':>7}{'loss':>9}"
     )
     instructions_per_second, bytes_per_second = ceilings()
-    floors = []
+    floors, kernels = [], []
     for name, mask in masks(hr).items():
         if name == "one pixel":
             continue
@@ -356,6 +375,8 @@ def gpu_rows(image: np.ndarray) -> None:
                 print(f"{row}  {reason(error)[:70]}", flush=True)
                 continue
             times[form, window] = milliseconds
+            if (form, window) == ("cuda", W):
+                kernels.append(f"{name}:\n{kernel_times(sets)}")
             faster = f"{times['naive', W] / milliseconds:.1f}x" if ("naive", W) in times and window == W else "-"
             ratio = f"{milliseconds / times[form, W]:.2f}" if window != W and (form, W) in times else ""
             print(
@@ -371,6 +392,7 @@ def gpu_rows(image: np.ndarray) -> None:
     )
     print(f"{'mask':<9}{'window':>6}{'1e9 instructions':>18}{'ms':>9}{'MiB':>10}{'ms':>9}")
     print("\n".join(floors))
+    print("\nThe kernels of one call of cuda, window " + str(W) + "\n\n" + "\n\n".join(kernels))
 
 
 def main() -> None:

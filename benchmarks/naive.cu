@@ -1,6 +1,6 @@
 // The published CUDA algorithm, written from its description, as the baseline of bench_ssl.py. It is slow on purpose:
-// a thread for each (masked pixel, offset), 16 threads in a block, the sum over the window kept in global memory, and in
-// the backward pass two atomic additions for each term. Nothing is slower than published: kernels run on the current
+// a thread for each (masked pixel, offset), 16 threads in a block, the sum over the window kept in global memory, and
+// in the backward pass two atomic additions for each term. Nothing is slower than published: kernels run on the current
 // stream, and the device synchronisations that the published backward pass holds are left out.
 //
 // Notation: k search area, w window, r = k / 2, f = w / 2. The image (C, H + 2r, W + 2r) is one image extended by
@@ -88,7 +88,8 @@ Tensor forward(const Tensor& image, const Tensor& row, const Tensor& column, int
   return out;
 }
 
-Tensor backward(const Tensor& grad, const Tensor& image, const Tensor& row, const Tensor& column, int64_t k, int64_t w) {
+Tensor backward(const Tensor& grad, const Tensor& image, const Tensor& row, const Tensor& column, int64_t k,
+                int64_t w) {
   const Sizes s = check(image, row, column, k, w);
   TORCH_CHECK(grad.device() == image.device() && grad.scalar_type() == at::kFloat && grad.is_contiguous() &&
                   grad.numel() == s.pixels * k * k,

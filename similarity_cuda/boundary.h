@@ -21,7 +21,8 @@ inline Geometry check(const at::Tensor& img, int64_t k, int64_t w, bool zero_bor
   return g;
 }
 
-inline void check_pixels(const at::Tensor& img, const at::Tensor& image, const at::Tensor& row, const at::Tensor& column) {
+inline void check_pixels(const at::Tensor& img, const at::Tensor& image, const at::Tensor& row,
+                         const at::Tensor& column) {
   for (const at::Tensor* index : {&image, &row, &column}) {
     TORCH_CHECK(index->scalar_type() == at::kLong && index->device() == img.device() && index->dim() == 1,
                 "masked pixels must be int64 vectors on ", img.device(), ", not ", index->scalar_type(), " on ",
@@ -32,8 +33,9 @@ inline void check_pixels(const at::Tensor& img, const at::Tensor& image, const a
 }
 
 inline void check_gradient(const at::Tensor& grad, const at::Tensor& img, int64_t pixels, int64_t k) {
-  TORCH_CHECK(grad.numel() == pixels * k * k && grad.scalar_type() == img.scalar_type() && grad.device() == img.device(),
-              "the gradient must have ", pixels * k * k, " entries of ", img.scalar_type(), " on ", img.device());
+  TORCH_CHECK(
+      grad.numel() == pixels * k * k && grad.scalar_type() == img.scalar_type() && grad.device() == img.device(),
+      "the gradient must have ", pixels * k * k, " entries of ", img.scalar_type(), " on ", img.device());
 }
 
 inline void check_pair(const at::Tensor& sr, const at::Tensor& hr, const at::Tensor& mask) {
@@ -46,13 +48,13 @@ inline void check_pair(const at::Tensor& sr, const at::Tensor& hr, const at::Ten
               sr.device());
 }
 
-// (image, row, column) of every mask entry equal to 1, in batch order, then raster order. On a GPU the host waits here, and
-// nowhere else: their number is the size of what follows.
+// (image, row, column) of every mask entry equal to 1, in batch order, then raster order. On a GPU the host waits here,
+// and nowhere else: their number is the size of what follows.
 inline std::vector<at::Tensor> masked_pixels(const at::Tensor& mask) {
   const std::vector<at::Tensor> where = mask.select(1, 0).eq(1).nonzero_numpy();
   if (!where[0].numel())
-    TORCH_CHECK_VALUE(!mask.ne(0).any().item<bool>(), "no mask entry equals 1, but some are not 0: the mask must be of ",
-                      "{0, 1}");
+    TORCH_CHECK_VALUE(!mask.ne(0).any().item<bool>(),
+                      "no mask entry equals 1, but some are not 0: the mask must be of ", "{0, 1}");
   return where;
 }
 

@@ -1,7 +1,8 @@
 // The self-similarity op on the CPU: distances of masked pixels by box sums, tile by tile, and the fused loss.
 //
-// geometry.h says which box sums those are. The gradient is the adjoint of each step in reverse: scatter the incoming gradient of d and -d into one field, spread
-// it by box sums, multiply it by I(x) - I(x + d), add it at x and subtract it at x + d.
+// geometry.h says which box sums those are. The gradient is the adjoint of each step in reverse: scatter the incoming
+// gradient of d and -d into one field, spread it by box sums, multiply it by I(x) - I(x + d), add it at x and subtract
+// it at x + d.
 //
 // Deterministic: every number is summed in an order that does not depend on threads.
 
@@ -71,7 +72,8 @@ inline V where_greater(V a, V b, V yes, V no) {
 #if defined(__GNUC__)
   return a > b ? yes : no;
 #else
-  for (size_t i = 0; i < sizeof a.lane / sizeof a.lane[0]; ++i) yes.lane[i] = a.lane[i] > b.lane[i] ? yes.lane[i] : no.lane[i];
+  for (size_t i = 0; i < sizeof a.lane / sizeof a.lane[0]; ++i)
+    yes.lane[i] = a.lane[i] > b.lane[i] ? yes.lane[i] : no.lane[i];
   return yes;
 #endif
 }
@@ -131,7 +133,8 @@ Pixels sort_into_tiles(const Tensor& image, const Tensor& row, const Tensor& col
     result.order[at] = p, result.y[at] = py[p] % kRows, result.x[at] = px[p] % kColumns;
   }
   // A tile's gradient reaches beyond it on each side: only every so-manieth tile may run beside it.
-  const int64_t every_y = (2 * g.reach() + 2 * kRows - 1) / kRows, every_x = (2 * g.reach() + 2 * kColumns - 1) / kColumns;
+  const int64_t every_y = (2 * g.reach() + 2 * kRows - 1) / kRows,
+                every_x = (2 * g.reach() + 2 * kColumns - 1) / kColumns;
   result.colours.resize(every_y * every_x);
   for (int64_t i = 0; i < g.n; ++i)
     for (int64_t ty = 0; ty < down; ++ty)
@@ -142,8 +145,9 @@ Pixels sort_into_tiles(const Tensor& image, const Tensor& row, const Tensor& col
         int64_t* const x = result.x.data() + start[t];
         const auto [top, bottom] = std::minmax_element(y, y + count);
         const auto [left, right] = std::minmax_element(x, x + count);
-        const Tile tile{result.tiles++,     i, ty * kRows + *top,  tx * kColumns + *left,
-                        *bottom - *top + 1, *right - *left + 1, start[t], count};
+        const Tile tile{
+            result.tiles++, i,    ty * kRows + *top, tx * kColumns + *left, *bottom - *top + 1, *right - *left + 1,
+            start[t],       count};
         for (int64_t p = 0; p < count; ++p) y[p] += ty * kRows - tile.top, x[p] += tx * kColumns - tile.left;
         result.colours[(ty % every_y) * every_x + tx % every_x].push_back(tile);
       }
@@ -152,9 +156,10 @@ Pixels sort_into_tiles(const Tensor& image, const Tensor& row, const Tensor& col
 
 // ------------------------------------------------------------------------------------------------------ box sums
 
-// emit(y, read(y) + ... + read(y + n - 1)) for y < rows. Rows are taken in blocks of n: a sum is the end of one block and
-// the beginning of the next, so it costs three additions whatever n is, and nothing is subtracted that could cancel.
-// N = n where that is known to the compiler, which then keeps the block in registers; else 0, and `block` holds it.
+// emit(y, read(y) + ... + read(y + n - 1)) for y < rows. Rows are taken in blocks of n: a sum is the end of one block
+// and the beginning of the next, so it costs three additions whatever n is, and nothing is subtracted that could
+// cancel. N = n where that is known to the compiler, which then keeps the block in registers; else 0, and `block` holds
+// it.
 template <int N, typename T, typename Read, typename Emit>
 inline void sums_down(int64_t n, int64_t rows, Vector<T>* block, const Read& read, const Emit& emit) {
   Vector<T> registers[N > 0 ? N : 1];
@@ -180,15 +185,24 @@ template <typename T, typename F>
 void with_constant(int64_t n, const F& f) {
   if constexpr (sizeof(T) == 4) {
     switch (n) {
-      case 1: return f(std::integral_constant<int, 1>());
-      case 2: return f(std::integral_constant<int, 2>());
-      case 3: return f(std::integral_constant<int, 3>());
-      case 4: return f(std::integral_constant<int, 4>());
-      case 5: return f(std::integral_constant<int, 5>());
-      case 6: return f(std::integral_constant<int, 6>());
-      case 7: return f(std::integral_constant<int, 7>());
-      case 8: return f(std::integral_constant<int, 8>());
-      case 9: return f(std::integral_constant<int, 9>());
+      case 1:
+        return f(std::integral_constant<int, 1>());
+      case 2:
+        return f(std::integral_constant<int, 2>());
+      case 3:
+        return f(std::integral_constant<int, 3>());
+      case 4:
+        return f(std::integral_constant<int, 4>());
+      case 5:
+        return f(std::integral_constant<int, 5>());
+      case 6:
+        return f(std::integral_constant<int, 6>());
+      case 7:
+        return f(std::integral_constant<int, 7>());
+      case 8:
+        return f(std::integral_constant<int, 8>());
+      case 9:
+        return f(std::integral_constant<int, 9>());
     }
   }
   f(std::integral_constant<int, 0>());
@@ -207,17 +221,23 @@ void few_sums(const T* __restrict in, T* __restrict out, int64_t length, int64_t
 template <bool kAdd, typename T>
 void up_to_six(const T* in, T* out, int64_t length, int64_t count, int64_t shift) {
   switch (count) {
-    case 1: return few_sums<1, kAdd>(in, out, length, shift);
-    case 2: return few_sums<2, kAdd>(in, out, length, shift);
-    case 3: return few_sums<3, kAdd>(in, out, length, shift);
-    case 4: return few_sums<4, kAdd>(in, out, length, shift);
-    case 5: return few_sums<5, kAdd>(in, out, length, shift);
-    case 6: return few_sums<6, kAdd>(in, out, length, shift);
+    case 1:
+      return few_sums<1, kAdd>(in, out, length, shift);
+    case 2:
+      return few_sums<2, kAdd>(in, out, length, shift);
+    case 3:
+      return few_sums<3, kAdd>(in, out, length, shift);
+    case 4:
+      return few_sums<4, kAdd>(in, out, length, shift);
+    case 5:
+      return few_sums<5, kAdd>(in, out, length, shift);
+    case 6:
+      return few_sums<6, kAdd>(in, out, length, shift);
   }
 }
 
-// out[i] = in[i] + ... + in[i + count - 1], i < length: up to 6 terms directly, more as sums of sums of 3 or 5. Rows of a
-// field lie one behind the other: what is summed across their ends is not used. scratch: length + count numbers.
+// out[i] = in[i] + ... + in[i + count - 1], i < length: up to 6 terms directly, more as sums of sums of 3 or 5. Rows of
+// a field lie one behind the other: what is summed across their ends is not used. scratch: length + count numbers.
 template <typename T>
 void sums_along(const T* in, T* out, T* scratch, int64_t length, int64_t count) {
   if (count <= 6) return up_to_six<false>(in, out, length, count, 1);
@@ -284,7 +304,8 @@ void for_each_pair(int64_t r, const F& f) {
 // Energies of the template where its window leaves the search area, for each pair of clips: out[clip * pitch + p].
 template <typename T>
 void outside_energies(const T* base, const Geometry& g, const Pixels& pixels, const Tile& tile, Workspace<T>& s) {
-  const int64_t w = g.w, clips = g.clips(), stride = s.plain(tile.width), length = tile.width + w - 1, pitch = tile.pitch();
+  const int64_t w = g.w, clips = g.clips(), stride = s.plain(tile.width), length = tile.width + w - 1,
+                pitch = tile.pitch();
   const int64_t *y_of = pixels.y.data() + tile.first, *x_of = pixels.x.data() + tile.first;
   for (int64_t y = 0; y < tile.height + w - 1; ++y)
     for (int64_t x = 0; x < length; ++x) {
@@ -299,7 +320,7 @@ void outside_energies(const T* base, const Geometry& g, const Pixels& pixels, co
   for (int64_t a = 0; a < clips; ++a) {
     const Range down = g.range(a);
     for (int64_t y = 0; y < tile.height; ++y) {
-      T *__restrict in = s.inside.data() + y * stride, *__restrict out = s.outside.data() + y * stride;
+      T* __restrict in = s.inside.data() + y * stride, * __restrict out = s.outside.data() + y * stride;
       std::fill(in, in + length, T(0));
       std::fill(out, out + length, T(0));
       for (int64_t u = 0; u < w; ++u) {
@@ -325,7 +346,8 @@ void outside_energies(const T* base, const Geometry& g, const Pixels& pixels, co
 // Distances (sums of squares, not normalised) of a tile's masked pixels: out[d * pitch + p]. With the pixels innermost
 // every later step runs along them, and the writes stay on few pages.
 template <typename T>
-void tile_distances(const T* padded, const Geometry& g, const Pixels& pixels, const Tile& tile, Workspace<T>& s, T* out) {
+void tile_distances(const T* padded, const Geometry& g, const Pixels& pixels, const Tile& tile, Workspace<T>& s,
+                    T* out) {
   const int64_t *y_of = pixels.y.data() + tile.first, *x_of = pixels.x.data() + tile.first;
   const int64_t kk = g.k * g.k, stride = s.plain(tile.width), count = tile.count, pitch = tile.pitch();
   const int64_t channels = g.c, line = g.stride(), plane = g.plane();
@@ -352,7 +374,7 @@ void tile_distances(const T* padded, const Geometry& g, const Pixels& pixels, co
     });
     sums_along(s.field.data(), s.sums.data(), s.scratch.data(), (rows - 1) * stride + columns, across.count);
     const int64_t d = (dy + g.r) * g.k + dx + g.r;
-    T *__restrict plus = out + d * pitch, *__restrict minus = out + (kk - 1 - d) * pitch;
+    T* __restrict plus = out + d * pitch, * __restrict minus = out + (kk - 1 - d) * pitch;
     const T *of_plus = s.sums.data() + down.plus() * stride + across.plus(),
             *of_minus = s.sums.data() + down.minus() * stride + across.minus();
     for (int64_t p = 0; p < count; ++p) {
@@ -519,20 +541,20 @@ inline void exp_row(double* x, int64_t n) {
 // What the loss needs besides distances.
 template <typename T>
 struct Terms {
-  T scale;              // of a sum of squares in the exponent, negative
-  T l1_flow, kl_flow;   // weight / number of entries * scale: dL / d distance = dL / ds * s * scale
+  T scale;             // of a sum of squares in the exponent, negative
+  T l1_flow, kl_flow;  // weight / number of entries * scale: dL / d distance = dL / ds * s * scale
   bool generalization;
 };
 
 // Compares the graphs of kBlock pixels and replaces X, their distances in the output, by the gradient of the loss.
-// X and Y (those of the ground truth) are [d][pitch], of which the block is the first columns; `here` of them are pixels,
-// the others are computed and left out of the sums of L1 and KL, which are added to l1 and kl. scratch: 2 k^2 kBlock
-// numbers.
+// X and Y (those of the ground truth) are [d][pitch], of which the block is the first columns; `here` of them are
+// pixels, the others are computed and left out of the sums of L1 and KL, which are added to l1 and kl. scratch: 2 k^2
+// kBlock numbers.
 template <typename T>
 void compare(T* __restrict X, const T* __restrict Y, int64_t pitch, int64_t here, int64_t k, const Terms<T>& terms,
              T* __restrict scratch, double& l1, double& kl) {
   const int64_t kk = k * k;
-  T *__restrict s_x = scratch, *__restrict s_t = scratch + kk * kBlock;
+  T* __restrict s_x = scratch, * __restrict s_t = scratch + kk * kBlock;
   for (int64_t d = 0; d < kk; ++d)
     for (int64_t b = 0; b < kBlock; ++b) {
       s_x[d * kBlock + b] = X[d * pitch + b] * terms.scale;
@@ -563,9 +585,12 @@ void compare(T* __restrict X, const T* __restrict Y, int64_t pitch, int64_t here
         T *to_x = s_x + d * kBlock + v, *to_flow = s_t + d * kBlock + v;
         const auto x = load(to_x) * load(over_x + v), t = load(to_flow) * load(over_t + v);
         const auto distance_x = load(X + d * pitch + v), distance_t = load(Y + d * pitch + v);
-        const auto whole_x = distance_x * scale + load(ln_over_x + v), whole_t = distance_t * scale + load(ln_over_t + v);
-        const auto clamped = where_greater(whole_t, ln_eps, whole_t, ln_eps) - where_greater(whole_x, ln_eps, whole_x, ln_eps);
-        // Without the normalisations' logarithms where nothing is clamped: flat graphs differ by less than their rounding.
+        const auto whole_x = distance_x * scale + load(ln_over_x + v),
+                   whole_t = distance_t * scale + load(ln_over_t + v);
+        const auto clamped =
+            where_greater(whole_t, ln_eps, whole_t, ln_eps) - where_greater(whole_x, ln_eps, whole_x, ln_eps);
+        // Without the normalisations' logarithms where nothing is clamped: flat graphs differ by less than their
+        // rounding.
         const auto direct = (distance_t - distance_x) * scale + load(ln_ratio + v);
         const auto target = where_greater(t, eps, t, eps);
         line_kl += target * where_greater(whole_x, ln_eps, where_greater(whole_t, ln_eps, direct, clamped), clamped);
@@ -586,8 +611,7 @@ void compare(T* __restrict X, const T* __restrict Y, int64_t pitch, int64_t here
   T through_sum[kBlock];  // of the normalisation: every entry acts on all others
   for (int64_t b = 0; b < kBlock; ++b) through_sum[b] = terms.generalization ? T(mean[b]) : T(0);
   for (int64_t d = 0; d < kk; ++d)
-    for (int64_t b = 0; b < kBlock; ++b)
-      X[d * pitch + b] = s_t[d * kBlock + b] - through_sum[b] * s_x[d * kBlock + b];
+    for (int64_t b = 0; b < kBlock; ++b) X[d * pitch + b] = s_t[d * kBlock + b] - through_sum[b] * s_x[d * kBlock + b];
 }
 
 // ------------------------------------------------------------------------------------------------------ operators
@@ -666,7 +690,8 @@ Tensor distances_backward(const Tensor& grad, const Tensor& img, const Tensor& i
   return unpad(result, img, g);
 }
 
-// (l1_weight * L1 + kl_weight * KL, L1, KL, gradient of the first with respect to sr); the graphs of one tile at a time.
+// (l1_weight * L1 + kl_weight * KL, L1, KL, gradient of the first with respect to sr); the graphs of one tile at a
+// time.
 std::tuple<Tensor, Tensor, Tensor, Tensor> loss(const Tensor& sr, const Tensor& hr, const Tensor& mask, int64_t k,
                                                 int64_t w, bool zero_border, double sigma, bool generalization,
                                                 double l1_weight, double kl_weight, bool with_gradient) {
@@ -697,8 +722,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss(const Tensor& sr, const Tensor& 
       tile_distances(t_source, g, pixels, tile, workspace, Y.data());
       double &l1 = l1_of[tile.index], &kl = kl_of[tile.index];
       for (int64_t p = 0; p < tile.count; p += kBlock)
-        compare(X.data() + p, Y.data() + p, tile.pitch(), std::min(kBlock, tile.count - p), k, terms, scratch.data(), l1,
-                kl);
+        compare(X.data() + p, Y.data() + p, tile.pitch(), std::min(kBlock, tile.count - p), k, terms, scratch.data(),
+                l1, kl);
       if (with_gradient) tile_backward(x_source, target, g, pixels, tile, workspace, X.data());
     });
   });

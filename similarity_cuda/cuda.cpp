@@ -103,7 +103,8 @@ class Batch {
     Tensor by_clip = at::empty({g_.clips() * g_.w, chunk.count}, options_);
     launch_.clip_sums(grads.const_data_ptr<T>(), chunk, by_clip.mutable_data_ptr<T>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
-    launch_.outside_gradient(padded.const_data_ptr<T>(), by_clip.const_data_ptr<T>(), chunk, total.mutable_data_ptr<T>());
+    launch_.outside_gradient(padded.const_data_ptr<T>(), by_clip.const_data_ptr<T>(), chunk,
+                             total.mutable_data_ptr<T>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 

@@ -1,9 +1,9 @@
 // Which windows of which pixels are summed: shared by the kernels for the CPU and for GPUs.
 //
 // Notation as in utils/utils_ssl.py: k search area, w window, r = k / 2, f = w / 2, d an offset. With
-// q(x; d) = (I(x) - I(x + d))^2, summed over channels, the distance D(p; d) is a box sum of q(.; d) over the window of p,
-// so neighbouring pixels share it. And q(x; -d) = q(x - d; d): the same field of box sums serves the offset -d, read at
-// another place. So there is one field for each pair of offsets, 312 of them for k = 25.
+// q(x; d) = (I(x) - I(x + d))^2, summed over channels, the distance D(p; d) is a box sum of q(.; d) over the window of
+// p, so neighbouring pixels share it. And q(x; -d) = q(x - d; d): the same field of box sums serves the offset -d, read
+// at another place. So there is one field for each pair of offsets, 312 of them for k = 25.
 //
 // Where a window leaves the search area (border "zero", as published) its range of rows and columns shrinks, and the
 // energy of the template outside of that range is added. Each axis knows 2f + 1 such ranges, its "clips".
@@ -29,8 +29,10 @@ struct Geometry {
   int64_t n, c, height, width, k, w, r, f;
   bool zero_border;
 
-  SIMILARITY_ANYWHERE int64_t reach() const { return zero_border ? r : r + f; }  // how far from a pixel the image is read
-  SIMILARITY_ANYWHERE int64_t stride() const { return width + 2 * reach(); }     // of a row of the padded image
+  SIMILARITY_ANYWHERE int64_t reach() const {
+    return zero_border ? r : r + f;
+  }                                                                           // how far from a pixel the image is read
+  SIMILARITY_ANYWHERE int64_t stride() const { return width + 2 * reach(); }  // of a row of the padded image
   SIMILARITY_ANYWHERE int64_t plane() const { return (height + 2 * reach()) * stride(); }
   SIMILARITY_ANYWHERE int64_t clips() const { return zero_border ? 2 * f + 1 : 1; }
   // Of an offset along one axis. 0: the whole window; 1 .. f: so many rows (columns) cut at the start; f + 1 .. 2f: so
@@ -43,8 +45,8 @@ struct Geometry {
   SIMILARITY_ANYWHERE int64_t apart() const { return zero_border ? r - f : r; }  // the most of Axis::apart
 };
 
-// Along one axis: where the box sums that a pair of offsets needs begin, relative to the first pixel of a tile, how many
-// terms they have, and how far apart those of d and of -d lie.
+// Along one axis: where the box sums that a pair of offsets needs begin, relative to the first pixel of a tile, how
+// many terms they have, and how far apart those of d and of -d lie.
 struct Axis {
   int64_t of_plus, of_minus;  // the sum of a pixel at 0 starts here for d, and there for -d
   int64_t start, count, apart;

@@ -1,46 +1,49 @@
 // Launches of the kernels in kernels.cuh: how large tiles and blocks are.
 
-#include "kernels.cuh"
-
 #include <stdexcept>
+
+#include "kernels.cuh"
 
 namespace similarity {
 namespace {
 
-constexpr int64_t kThreads = 128;           // of a block, where nothing else decides
-constexpr int64_t kBlocks = 1024;           // enough to keep every multiprocessor busy
+constexpr int64_t kThreads = 128;              // of a block, where nothing else decides
+constexpr int64_t kBlocks = 1024;              // enough to keep every multiprocessor busy
 constexpr int64_t kRows = 16, kColumns = 128;  // of a tile, at most
 constexpr int64_t kSharedMemory = 48 * 1024;   // what every GPU gives a block without being asked
 static_assert(kRows <= kOutputRows && kRows < 256 && kColumns < 256, "tiles must fit the kernels");
 
 int64_t over(int64_t size, int64_t by) { return (size + by - 1) / by; }
 
-// The largest tiles, of equal size, whose blocks find their shared memory.
+// The largest tiles, of equal size, whose blocks find the shared memory and the threads that they need.
 template <typename F>
-Tiling tiling(int64_t height, int64_t width, const F& bytes) {
+Tiling tiling(int64_t height, int64_t width, const F& fits) {
   Tiling t{height, width, height < kRows ? height : kRows, over(width, over(width, kColumns))};
-  while (bytes(t) > kSharedMemory && (t.height > 1 || t.width > 1)) {
+  while (!fits(t) && (t.height > 1 || t.width > 1)) {
     if (t.width > 32 || t.height == 1)
       t.width = over(t.width, 2);
     else
       t.height = over(t.height, 2);
   }
-  if (bytes(t) > kSharedMemory)
-    throw std::runtime_error("search area and window are too large for the shared memory of a GPU: use boxsum");
+  if (!fits(t)) throw std::runtime_error("search area and window are too large for a block of a GPU: use boxsum");
   return t;
 }
 
+// One for each column that a tile's sums need; whole warps.
+int64_t threads(const Geometry& g, const Tiling& t) { return over(t.width + g.apart() + g.w - 1, 32) * 32; }
+
 template <typename T>
 Tiling distance_tiling(const Geometry& g) {
-  return tiling(g.height, g.width, [&](const Tiling& t) { return Layout<T>::distances(g, t).bytes(); });
+  return tiling(g.height, g.width, [&](const Tiling& t) {
+    return Layout<T>::distances(g, t).bytes() <= kSharedMemory && threads(g, t) <= kMostThreads;
+  });
 }
-
-int64_t gradient_threads(const Geometry& g, const Tiling& t) { return over(t.width + g.apart() + g.w - 1, 32) * 32; }
 
 template <typename T>
 Tiling gradient_tiling(const Geometry& g) {
-  return tiling(g.height + 2 * g.reach(), g.stride(),
-                [&](const Tiling& t) { return Layout<T>::gradients(g, t, gradient_threads(g, t)).bytes(); });
+  return tiling(g.height + 2 * g.reach(), g.stride(), [&](const Tiling& t) {
+    return Layout<T>::gradients(g, t, threads(g, t)).bytes() <= kSharedMemory && threads(g, t) <= kMostThreads;
+  });
 }
 
 template <typename T>
@@ -58,24 +61,23 @@ void Launch<T>::fill_index(int* to, int64_t count) const {
 template <typename T>
 void Launch<T>::distance_sums(const T* padded, Chunk chunk, T* sums) const {
   const Tiling t = distance_tiling<T>(g);
-  const auto layout = Layout<T>::distances(g, t);
   const auto kernel = g.c == 3   ? similarity::distance_sums<T, 3>
                       : g.c == 1 ? similarity::distance_sums<T, 1>
                                  : similarity::distance_sums<T, 0>;
-  kernel<<<dim3(g.n * t.of_image(), g.r + 1), over(layout.columns, 32) * 32, layout.bytes(), stream>>>(
+  kernel<<<dim3(g.n * t.of_image(), g.r + 1), threads(g, t), Layout<T>::distances(g, t).bytes(), stream>>>(
       padded, map_of(*this, chunk), g, t, sums);
 }
 
 template <typename T>
 void Launch<T>::outside_energies(const T* padded, Chunk chunk, T* energies) const {
-  similarity::outside_energies<T><<<dim3(over(chunk.count, kThreads), g.clips()), kThreads, 0, stream>>>(
-      padded, places, chunk, g, energies);
+  similarity::outside_energies<T>
+      <<<dim3(over(chunk.count, kThreads), g.clips()), kThreads, 0, stream>>>(padded, places, chunk, g, energies);
 }
 
 template <typename T>
 void Launch<T>::finish(const T* sums, const T* energies, Chunk chunk, T scale, T* distances) const {
   similarity::finish<T><<<dim3(over(chunk.count, kThreads), g.k * g.k), kThreads, 0, stream>>>(sums, energies, g, chunk,
-                                                                                             scale, distances);
+                                                                                               scale, distances);
 }
 
 template <typename T>
@@ -84,8 +86,8 @@ int64_t Launch<T>::compared_together() {
 }
 
 template <typename T>
-void Launch<T>::compare(T* sums_x, const T* energies_x, const T* sums_t, const T* energies_t, Chunk chunk, Terms<T> terms,
-                        double* totals) const {
+void Launch<T>::compare(T* sums_x, const T* energies_x, const T* sums_t, const T* energies_t, Chunk chunk,
+                        Terms<T> terms, double* totals) const {
   similarity::compare<T><<<over(chunk.count, kLanes), dim3(kLanes, kWarps), g.k * g.k * sizeof(int), stream>>>(
       sums_x, energies_x, sums_t, energies_t, g, chunk, terms, totals);
 }
@@ -99,27 +101,29 @@ int Launch<T>::groups() const {
 template <typename T>
 void Launch<T>::gradient(const T* padded, const T* grads, Chunk chunk, T* total) const {
   const Tiling t = gradient_tiling<T>(g);
-  const int64_t threads = gradient_threads(g, t);
   const auto kernel = g.c == 3 ? similarity::gradient<T, 3> : similarity::gradient<T, 1>;
-  kernel<<<dim3(g.n * t.of_image(), groups(), g.c == 3 ? 1 : g.c), threads, Layout<T>::gradients(g, t, threads).bytes(),
-           stream>>>(padded, grads, map_of(*this, chunk), g, t, total);
+  const int64_t bytes = Layout<T>::gradients(g, t, threads(g, t)).bytes();
+  kernel<<<dim3(g.n * t.of_image(), groups(), g.c == 3 ? 1 : g.c), threads(g, t), bytes, stream>>>(
+      padded, grads, map_of(*this, chunk), g, t, total);
 }
 
 template <typename T>
 void Launch<T>::clip_sums(const T* grads, Chunk chunk, T* result) const {
-  similarity::clip_sums<T><<<dim3(over(chunk.count, kThreads), g.clips()), kThreads, 0, stream>>>(grads, g, chunk, result);
+  similarity::clip_sums<T>
+      <<<dim3(over(chunk.count, kThreads), g.clips()), kThreads, 0, stream>>>(grads, g, chunk, result);
 }
 
 template <typename T>
 void Launch<T>::outside_gradient(const T* padded, const T* clip_sums, Chunk chunk, T* total) const {
   const int64_t positions = g.n * (g.height + 2 * g.f) * (g.width + 2 * g.f);
-  similarity::outside_gradient<T><<<over(positions, kThreads), kThreads, 0, stream>>>(padded, clip_sums,
-                                                                                    map_of(*this, chunk), g, total);
+  similarity::outside_gradient<T>
+      <<<over(positions, kThreads), kThreads, 0, stream>>>(padded, clip_sums, map_of(*this, chunk), g, total);
 }
 
 template <typename T>
 void Launch<T>::fold(const T* total, T* image) const {
-  similarity::fold<T><<<over(g.n * g.c * g.height * g.width, kThreads), kThreads, 0, stream>>>(total, g, groups(), image);
+  similarity::fold<T>
+      <<<over(g.n * g.c * g.height * g.width, kThreads), kThreads, 0, stream>>>(total, g, groups(), image);
 }
 
 template struct Launch<float>;

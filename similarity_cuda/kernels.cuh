@@ -11,7 +11,8 @@
 //     outside_gradient    adjoint of outside_energies
 //     fold                adjoint of the reflection padding
 //
-// No atomic operation touches a result: every number is summed by one thread in a fixed order, so the op is deterministic.
+// No atomic operation touches a result: every number is summed by one thread in a fixed order, so the op is
+// deterministic.
 #pragma once
 
 #include <math.h>
@@ -22,11 +23,12 @@ extern __shared__ __align__(16) unsigned char shared_memory[];
 
 namespace similarity {
 
-constexpr int kTogether = 2;        // horizontal offsets whose columns are summed in one go: they share the template
-constexpr int kOutputRows = 16;     // rows of the gradient that a thread keeps in registers
-constexpr int kSegment = 8;         // pixels of a row that a thread sums along
+constexpr int kTogether = 2;       // horizontal offsets whose columns are summed in one go: they share the template
+constexpr int kOutputRows = 16;    // rows of the gradient that a thread keeps in registers
+constexpr int kSegment = 8;        // pixels of a row that a thread sums along
+constexpr int kMostThreads = 256;  // of a block with a column for each
 constexpr int kLanes = 32, kWarps = 8;  // of a block of compare: pixels, and threads for each
-constexpr double kEps = 1e-10;      // of the normalisation, and of the clamp in the KL term
+constexpr double kEps = 1e-10;          // of the normalisation, and of the clamp in the KL term
 
 // Images cut into tiles of height x width pixels, one for each block.
 struct Tiling {
@@ -49,10 +51,10 @@ struct Tile {
         width(int(t.image_width - left < t.width ? t.image_width - left : t.width)) {}
 };
 
-// emit(y, read(y) + ... + read(y + n - 1)) for y < rows. Rows are taken in blocks of n: a sum is the end of one block and
-// the beginning of the next, so it costs three additions whatever n is, and nothing is subtracted that could cancel.
-// N = n where the compiler knows it, which then keeps the block in registers; else 0, and `block` holds it, each number
-// `step` from the last.
+// emit(y, read(y) + ... + read(y + n - 1)) for y < rows. Rows are taken in blocks of n: a sum is the end of one block
+// and the beginning of the next, so it costs three additions whatever n is, and nothing is subtracted that could
+// cancel. N = n where the compiler knows it, which then keeps the block in registers; else 0, and `block` holds it,
+// each number `step` from the last.
 template <int N, typename T, typename Read, typename Emit>
 __device__ __forceinline__ void sums_in_order(int n, int rows, T* block, int step, const Read& read, const Emit& emit) {
   T registers[N > 0 ? N : 1];
@@ -83,11 +85,16 @@ template <typename T, typename F>
 __device__ __forceinline__ void with_constant(int n, const F& f) {
   if constexpr (sizeof(T) == 4) {
     switch (n) {
-      case 5: return f(Constant<5>());
-      case 6: return f(Constant<6>());
-      case 7: return f(Constant<7>());
-      case 8: return f(Constant<8>());
-      case 9: return f(Constant<9>());
+      case 5:
+        return f(Constant<5>());
+      case 6:
+        return f(Constant<6>());
+      case 7:
+        return f(Constant<7>());
+      case 8:
+        return f(Constant<8>());
+      case 9:
+        return f(Constant<9>());
     }
   }
   f(Constant<0>());
@@ -117,7 +124,8 @@ struct Layout {
   // Of distance_sums: sums down the columns for kTogether offsets, their blocks, the list of the tile's pixels.
   SIMILARITY_ANYWHERE static Layout distances(const Geometry& g, const Tiling& t) {
     const int64_t columns = t.width + g.apart() + g.w - 1, rows = t.height + g.apart();
-    return {columns, rows, kTogether * rows * columns, in_registers(g) ? 0 : kTogether * g.w * columns, t.height * t.width};
+    return {columns, rows, kTogether * rows * columns, in_registers(g) ? 0 : kTogether * g.w * columns,
+            t.height * t.width};
   }
   // Of gradient: sums down the columns, sums along the rows, their blocks.
   SIMILARITY_ANYWHERE static Layout gradients(const Geometry& g, const Tiling& t, int64_t threads) {
@@ -149,10 +157,10 @@ __global__ void fill_index(int* index, Places places, int64_t count, Geometry g)
   if (m < count) index[(places.image[m] * g.height + places.row[m]) * g.width + places.column[m]] = int(m);
 }
 
-// sums[d * pitch + p] = sum of squared differences of the windows of pixel p and p + d, as far as they lie in the search
-// area. A block has a tile and a vertical offset; a thread has a column. C = 0: any number of channels.
+// sums[d * pitch + p] = sum of squared differences of the windows of pixel p and p + d, as far as they lie in the
+// search area. A block has a tile and a vertical offset; a thread has a column. C = 0: any number of channels.
 template <typename T, int C>
-__global__ void __launch_bounds__(256, 2)
+__global__ void __launch_bounds__(kMostThreads, 2)
     distance_sums(const T* __restrict__ padded, Map map, Geometry g, Tiling tiling, T* __restrict__ sums) {
   const Tile tile(tiling, blockIdx.x);
   const auto layout = Layout<T>::distances(g, tiling);
@@ -176,13 +184,14 @@ __global__ void __launch_bounds__(256, 2)
   const int64_t plane = g.plane(), channels = C ? C : g.c;
   const Axis down(g, dy);
   const int sums_down = tile.height + int(down.apart);
-  const T* const row = padded + tile.image * channels * plane + (g.reach() + tile.top + down.start) * line + g.reach() +
-                       tile.left;
+  const T* const row =
+      padded + tile.image * channels * plane + (g.reach() + tile.top + down.start) * line + g.reach() + tile.left;
   for (int dx0 = dy ? -r : 1; dx0 <= r; dx0 += kTogether) {
     const int first_column = -int(g.f) - (dx0 < 0 ? 0 : apart);  // to the right, d and -d begin to the left of a pixel
     const T* const here = row + first_column + x;
     if (x < tile.width + apart + int(g.w) - 1) {
-      // A column that an offset does not need may lie outside of the image when shifted by it: it is compared with itself.
+      // A column that an offset does not need may lie outside of the image when shifted by it: it is compared with
+      // itself.
       int shift[kTogether];
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
@@ -220,7 +229,8 @@ __global__ void __launch_bounds__(256, 2)
       const int n = int(across.count), d = (dy + r) * k + dx + r;
       const T* const field = fields + (dx - dx0) * rows * columns - first_column;
       for (int minus = 0; minus < 2; ++minus) {
-        const T* const from = field + int(minus ? down.minus() : down.plus()) * columns + int(minus ? across.of_minus : across.of_plus);
+        const T* const from =
+            field + int(minus ? down.minus() : down.plus()) * columns + int(minus ? across.of_minus : across.of_plus);
         T* const to = sums + int64_t(minus ? k * k - 1 - d : d) * map.chunk.count;
         for (int i = threadIdx.x; i < count; i += blockDim.x) {
           const int y = list[i] >> 8, px = list[i] & 255;
@@ -299,8 +309,9 @@ __device__ __forceinline__ T of_all_warps(T value, T (*shared)[kLanes]) {
   return sum;
 }
 
-// Compares the graphs of kLanes pixels, kWarps threads for each (shared memory: k^2 int), and replaces sums_x, those of the output, by the gradient
-// of the loss with respect to them. sums_t: those of the ground truth. totals[2 * block]: sums of L1 and of KL.
+// Compares the graphs of kLanes pixels, kWarps threads for each (shared memory: k^2 int), and replaces sums_x, those of
+// the output, by the gradient of the loss with respect to them. sums_t: those of the ground truth. totals[2 * block]:
+// sums of L1 and of KL.
 template <typename T>
 __global__ void __launch_bounds__(kLanes* kWarps)
     compare(T* __restrict__ sums_x, const T* __restrict__ energies_x, const T* __restrict__ sums_t,
@@ -386,11 +397,11 @@ __global__ void clip_sums(const T* __restrict__ grads, Geometry g, Chunk chunk, 
   to[f * chunk.count] = start + middle + end;
 }
 
-// result[(group, image, channel)] of the padded image += the gradient through distance_sums; grads as sums there. Half of
-// it: the factor 2 of the squares is left to fold. A block has a tile of the padded image, which nobody else writes, and
-// every so-manieth vertical offset; a thread has a column of it.
+// result[(group, image, channel)] of the padded image += the gradient through distance_sums; grads as sums there. Half
+// of it: the factor 2 of the squares is left to fold. A block has a tile of the padded image, which nobody else writes,
+// and every so-manieth vertical offset; a thread has a column of it.
 template <typename T, int C>
-__global__ void __launch_bounds__(256, 2)
+__global__ void __launch_bounds__(kMostThreads, 2)
     gradient(const T* __restrict__ padded, const T* __restrict__ grads, Map map, Geometry g, Tiling tiling,
              T* __restrict__ result) {
   const Tile tile(tiling, blockIdx.x);
@@ -404,12 +415,13 @@ __global__ void __launch_bounds__(256, 2)
 
   const auto layout = Layout<T>::gradients(g, tiling, blockDim.x);
   const int pitch = int(layout.columns) | 1, columns = int(layout.columns);  // odd: rows begin in other memory banks
-  T* const fields = reinterpret_cast<T*>(shared_memory);  // [rows][pitch]: gradients, summed down the columns
-  T* const spread = fields + layout.rows * pitch;         // [rows][pitch]: and along the rows
+  T* const fields = reinterpret_cast<T*>(shared_memory);        // [rows][pitch]: gradients, summed down the columns
+  T* const spread = fields + layout.rows * pitch;               // [rows][pitch]: and along the rows
   T* const block = spread + layout.rows * pitch + threadIdx.x;  // [w][threads], where registers do not hold it
   const int line = int(g.stride()), channel = C == 1 ? blockIdx.z : 0;
   const int64_t plane = g.plane();
-  const T* const image = padded + (tile.image * pitch_of_images + channel) * plane + int64_t(tile.top) * line + tile.left + x;
+  const T* const image =
+      padded + (tile.image * pitch_of_images + channel) * plane + int64_t(tile.top) * line + tile.left + x;
   T total[kOutputRows][C];
 #pragma unroll
   for (int y = 0; y < kOutputRows; ++y)
@@ -421,9 +433,10 @@ __global__ void __launch_bounds__(256, 2)
     const int n = int(down.count), rows = tile.height + dy;
     for (int dx = dy ? -r : 1; dx <= r; ++dx) {
       const Axis across(g, dx);
-      const int d = (dy + r) * k + dx + r, m = int(across.count), right = dx > 0 ? dx : 0, wide = tile.width + (dx > 0 ? dx : -dx);
-      const T *const plus = grads + int64_t(d) * map.chunk.count,
-                     *const minus = grads + int64_t(k * k - 1 - d) * map.chunk.count;
+      const int d = (dy + r) * k + dx + r, m = int(across.count), right = dx > 0 ? dx : 0,
+                wide = tile.width + (dx > 0 ? dx : -dx);
+      const T *const plus = grads + int64_t(d) * map.chunk.count, *const minus =
+                                                                      grads + int64_t(k * k - 1 - d) * map.chunk.count;
       // Where the first sum begins, in the image: one that covers the tile's first pixel, shifted by -d.
       const int top = tile.top - reach - dy - (n - 1), left = tile.left - reach - right - (m - 1) + x;
       if (x < wide + m - 1) {
@@ -466,7 +479,8 @@ __global__ void __launch_bounds__(256, 2)
     }
   }
   if (x >= tile.width) return;
-  T* const to = result + ((blockIdx.y * g.n + tile.image) * g.c + channel) * plane + int64_t(tile.top) * line + tile.left + x;
+  T* const to =
+      result + ((blockIdx.y * g.n + tile.image) * g.c + channel) * plane + int64_t(tile.top) * line + tile.left + x;
 #pragma unroll
   for (int y = 0; y < kOutputRows; ++y) {
     if (y >= tile.height) break;

@@ -1,5 +1,5 @@
-// The kernels' launches, apart from PyTorch: kernels.cu holds them, cuda.cpp calls them. All are asynchronous, on `stream`;
-// pointers are to the GPU's memory. What the kernels compute is said in kernels.cuh.
+// The kernels' launches, apart from PyTorch: kernels.cu holds them, cuda.cpp calls them. All are asynchronous, on
+// `stream`; pointers are to the GPU's memory. What the kernels compute is said in kernels.cuh.
 #pragma once
 
 #include "geometry.h"
@@ -33,13 +33,13 @@ struct Launch {
   cudaStream_t stream;
 
   void fill_index(int* to, int64_t count) const;
-  void distance_sums(const T* padded, Chunk chunk, T* sums) const;                               // (k^2, count)
-  void outside_energies(const T* padded, Chunk chunk, T* energies) const;                        // (clips^2, count)
-  void finish(const T* sums, const T* energies, Chunk chunk, T scale, T* distances) const;       // (M, k, k)
-  static int64_t compared_together();                                                            // pixels of a block
+  void distance_sums(const T* padded, Chunk chunk, T* sums) const;                          // (k^2, count)
+  void outside_energies(const T* padded, Chunk chunk, T* energies) const;                   // (clips^2, count)
+  void finish(const T* sums, const T* energies, Chunk chunk, T scale, T* distances) const;  // (M, k, k)
+  static int64_t compared_together();                                                       // pixels of a block
   void compare(T* sums_x, const T* energies_x, const T* sums_t, const T* energies_t, Chunk chunk, Terms<T> terms,
-               double* totals) const;                                                            // (blocks, 2)
-  int groups() const;                                                                            // of `total`, below
+               double* totals) const;                                           // (blocks, 2)
+  int groups() const;                                                           // of `total`, below
   void gradient(const T* padded, const T* grads, Chunk chunk, T* total) const;  // (groups, N, C, H + .., W + ..)
   void clip_sums(const T* grads, Chunk chunk, T* result) const;                 // (clips, w, count)
   void outside_gradient(const T* padded, const T* clip_sums, Chunk chunk, T* total) const;
