@@ -643,6 +643,16 @@ void for_each_tile(const Pixels& pixels, const Geometry& g, const F& f) {
     });
 }
 
+// f(place in a tile's numbers, place in the caller's) for the kk numbers of each pixel; a block of pixels at a time,
+// which the caches hold from either side.
+template <typename F>
+void for_each_number(const Pixels& pixels, const Tile& tile, int64_t kk, const F& f) {
+  for (int64_t first = 0; first < tile.count; first += kBlock)
+    for (int64_t d = 0; d < kk; ++d)
+      for (int64_t p = first; p < std::min(first + kBlock, tile.count); ++p)
+        f(d * tile.pitch() + p, pixels.order[tile.first + p] * kk + d);
+}
+
 Tensor distances(const Tensor& img, const Tensor& image, const Tensor& row, const Tensor& column, int64_t k, int64_t w,
                  bool zero_border) {
   const Geometry g = similarity::check(img, k, w, zero_border, at::kCPU);
@@ -658,9 +668,7 @@ Tensor distances(const Tensor& img, const Tensor& image, const Tensor& row, cons
     for_each_tile<scalar_t>(pixels, g, [&](const Tile& tile, Workspace<scalar_t>& workspace) {
       std::vector<scalar_t> local(tile.pitch() * k * k);
       tile_distances(source, g, pixels, tile, workspace, local.data());
-      for (int64_t p = 0; p < tile.count; ++p)
-        for (int64_t d = 0; d < k * k; ++d)
-          target[pixels.order[tile.first + p] * k * k + d] = local[d * tile.pitch() + p] * scale;
+      for_each_number(pixels, tile, k * k, [&](int64_t here, int64_t there) { target[there] = local[here] * scale; });
     });
   });
   return result;
@@ -681,9 +689,7 @@ Tensor distances_backward(const Tensor& grad, const Tensor& img, const Tensor& i
     const scalar_t scale = scalar_t(1) / scalar_t(g.c * w * w);
     for_each_tile<scalar_t>(pixels, g, [&](const Tile& tile, Workspace<scalar_t>& workspace) {
       std::vector<scalar_t> local(tile.pitch() * k * k);
-      for (int64_t p = 0; p < tile.count; ++p)
-        for (int64_t d = 0; d < k * k; ++d)
-          local[d * tile.pitch() + p] = from[pixels.order[tile.first + p] * k * k + d] * scale;
+      for_each_number(pixels, tile, k * k, [&](int64_t here, int64_t there) { local[here] = from[there] * scale; });
       tile_backward(source, target, g, pixels, tile, workspace, local.data());
     });
   });
