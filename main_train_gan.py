@@ -13,7 +13,7 @@ from utils.utils_train import train, training_options
 
 
 def main() -> None:
-    train(training_options(__doc__, models=["gan"]), define_Model, define_Dataset, check_dataset)
+    train(training_options(__doc__, models=["gan", "spsr"]), define_Model, define_Dataset, check_dataset)
 
 
 if __name__ == "__main__":

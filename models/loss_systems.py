@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.network_spsr import GradientMap
 from utils.utils_image import imresize
 
 P = ParamSpec("P")
@@ -143,25 +142,6 @@ def flat_mask(H: Tensor, window: int = 11, threshold: float = 0.025) -> Tensor:
     if H.shape[1] == 3:
         luma = (H * H.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(dim=1, keepdim=True)
     return (local_variance(luma, window).sqrt() < threshold).to(H.dtype)
-
-
-# --------------------------------------------------------------------------------------------------------------- SPSR
-
-
-class GradientLoss(nn.Module):
-    """Mean squared distance of gradient maps: two ``(N, C, H, W)`` -> a scalar (SPSR, arXiv 2003.13081).
-
-    Attributes:
-        map: :class:`models.network_spsr.GradientMap`.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.map = GradientMap()
-
-    @_in_float32
-    def forward(self, E: Tensor, H: Tensor) -> Tensor:
-        return F.mse_loss(self.map(E), self.map(H))
 
 
 # ---------------------------------------------------------------------------------------------------------- RankSRGAN

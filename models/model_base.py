@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from models.loss import PerceptualLoss, pixel_loss
-from models.select_network import define_G
+from models.loss_systems import RankLoss, artifact_loss, back_projection_loss, best_buddy_loss
+from models.network_spsr import GradientMap, SPSROutput
+from models.select_network import define_G, define_R
 from utils import utils_dist
 from utils.utils_checkpoint import load_checkpoint_file, load_network, save_atomically, save_network, unwrap
 from utils.utils_error import UserError
@@ -21,6 +24,16 @@ from utils.utils_ssl import SelfSimilarityLoss
 from utils.utils_tile import restore
 
 logger = logging.getLogger(__name__)
+
+
+def image_of(output: Tensor | SPSROutput) -> Tensor:
+    """The estimate E among what a generator returns."""
+    return output.E if isinstance(output, SPSROutput) else output
+
+
+def _side(name: str) -> str:
+    """Whose training options a network has: D's each discriminator, D_grad too, G's the generator and its average."""
+    return "D" if name.startswith("D") else "G"
 
 
 class ModelBase:
@@ -58,6 +71,13 @@ class ModelBase:
                 train.F_use_range_norm,
                 opt.path.pretrained_netF,
             ).to(device)
+        self.gradient_map = GradientMap().to(device)
+        self.rank: RankLoss | None = None
+        if train.rank_weight > 0:
+            assert opt.path.pretrained_netR is not None  # the options have been checked
+            ranker = define_R(opt)
+            load_network(opt.path.pretrained_netR, ranker)
+            self.rank = RankLoss(ranker.to(device), published=train.rank_published)
         self.ssl: SelfSimilarityLoss | None = None
         if train.ssl_l1_weight > 0 or train.ssl_kl_weight > 0:
             try:
@@ -95,20 +115,20 @@ class ModelBase:
         return network
 
     def _optimizer(self, name: str, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        train = self.opt.train
-        kind = torch.optim.AdamW if train[f"{name}_optimizer_type"] == "adamw" else torch.optim.Adam
-        first, second = train[f"{name}_optimizer_betas"]
+        train, side = self.opt.train, _side(name)
+        kind = torch.optim.AdamW if train[f"{side}_optimizer_type"] == "adamw" else torch.optim.Adam
+        first, second = train[f"{side}_optimizer_betas"]
         return kind(
             [p for p in parameters if p.requires_grad],
-            lr=train[f"{name}_optimizer_lr"],
+            lr=train[f"{side}_optimizer_lr"],
             betas=(first, second),
-            weight_decay=train[f"{name}_optimizer_wd"],
+            weight_decay=train[f"{side}_optimizer_wd"],
         )
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
     def files(self, folder: Path, step: int) -> dict[str, Path]:
-        """The files of one checkpoint, by what they hold: G, E, D and optimizerG, optimizerD."""
+        """The files of one checkpoint, by what they hold: G, E, D and optimizerG, optimizerD; SPSR's D_grad."""
         names = [*self.networks, *(f"optimizer{name}" for name in self.optimizers)]
         return {name: folder / f"{step}_{name}.pth" for name in names}
 
@@ -120,10 +140,9 @@ class ModelBase:
         """
         for name in self.networks:
             if not self._is_sound(name):
-                side = "D" if name == "D" else "G"
                 raise UserError(
                     f"step {step}: weights or output of net{name} are not finite, this step is not saved; lower "
-                    f"train.{side}_optimizer_lr, then start again to go on from the last checkpoint"
+                    f"train.{_side(name)}_optimizer_lr, then start again to go on from the last checkpoint"
                 )
         for name, path in self.files(folder, step).items():
             if name in self.networks:
@@ -135,7 +154,7 @@ class ModelBase:
         """Whether all weights are finite and, of a generator, what it makes of a grey square."""
         network = unwrap(self.networks[name])
         sound = all(bool(p.isfinite().all()) for p in network.parameters())
-        if sound and name != "D":
+        if sound and _side(name) == "G":
             was_training = network.training
             grey = torch.full((1, self.opt.n_channels, 16, 16), 0.5, device=self.device)
             sound = bool(restore(network.eval(), grey, self.opt.scale).isfinite().all())
@@ -161,25 +180,52 @@ class ModelBase:
     # ------------------------------------------------------------------------------------------------------- training
 
     def feed_data(self, data: dict[str, Any], need_H: bool = True) -> None:
-        """Take a batch: ``L`` (N, C, h, w), ``H`` (N, C, h * scale, w * scale), RGB in [0, 1], perhaps ``mask``."""
+        """Take a batch: ``L`` (N, C, h, w), ``H`` (N, C, h * scale, w * scale), RGB in [0, 1].
+
+        Perhaps ``mask`` (N, 1, ...) of H's edges, and ``H_usm``, H sharpened.
+        """
         self.log = {}  # of the step to come
         self.L: Tensor = data["L"].to(self.device, non_blocking=True)
         self.has_H = need_H
         if need_H:
             self.H: Tensor = data["H"].to(self.device, non_blocking=True)
+            self.H_usm: Tensor = data["H_usm"].to(self.device, non_blocking=True) if "H_usm" in data else self.H
+            self._gradient_H: Tensor | None = None
             self.mask: Tensor | None = data["mask"].to(self.device, non_blocking=True) if "mask" in data else None
 
     def optimize_parameters(self, current_step: int) -> None:
         """One training step; each model's own."""
         raise NotImplementedError
 
-    def fidelity_terms(self, E: Tensor) -> dict[str, Tensor]:
-        """The weighted losses that compare the output E with the ground truth H, by name, those that are on."""
-        train, terms = self.opt.train, {}
+    @property
+    def gradient_H(self) -> Tensor:
+        """The gradient map of the fed H, computed once for all that compare with it."""
+        if self._gradient_H is None:
+            self._gradient_H = self.gradient_map(self.H)
+        return self._gradient_H
+
+    def fidelity_terms(self, output: Tensor | SPSROutput) -> dict[str, Tensor]:
+        """The weighted losses of what netG returned, by name, those that are on: all but the adversarial ones."""
+        train, terms, E = self.opt.train, {}, image_of(output)
         if train.G_lossfn_weight > 0:
-            terms["G_loss"] = train.G_lossfn_weight * self.pixel(E, self.H)
+            terms["G_loss"] = train.G_lossfn_weight * self.pixel(E, self.H_usm if train.l1_gt_usm else self.H)
         if self.perceptual is not None:
-            terms["F_loss"] = train.F_lossfn_weight * self.perceptual(E, self.H)
+            terms["F_loss"] = train.F_lossfn_weight * self.perceptual(E, self.H_usm if train.percep_gt_usm else self.H)
+        if train.gradient_weight > 0:
+            terms["gradient"] = train.gradient_weight * F.mse_loss(self.gradient_map(E), self.gradient_H)
+        if isinstance(output, SPSROutput):
+            # At weight 0 too: several processes wait for a gradient of each parameter, the branch's last layer as well.
+            terms["branch"] = train.branch_weight * F.l1_loss(output.gradient, self.gradient_H)
+        if train.ldl_weight > 0 and self.netE is not None:
+            with torch.no_grad():
+                E_ema = image_of(self.netE(self.L))
+            terms["ldl"] = train.ldl_weight * artifact_loss(E, self.H, E_ema)
+        if train.best_buddy_weight > 0:
+            terms["best_buddy"] = train.best_buddy_weight * best_buddy_loss(E, self.H)
+        if train.back_projection_weight > 0:
+            terms["back_projection"] = train.back_projection_weight * back_projection_loss(E, self.L)
+        if self.rank is not None:
+            terms["rank"] = train.rank_weight * self.rank(E)
         if self.ssl is not None:
             terms["ssl"], self.shown["ssl_l1"], self.shown["ssl_kl"] = self.ssl.parts(E, self.H, self.mask)
         return terms
@@ -193,7 +239,7 @@ class ModelBase:
         network, optimizer = self.networks[name], self.optimizers[name]
         optimizer.zero_grad(set_to_none=True)
         torch.stack(list(terms.values())).sum().backward()
-        clip = self.opt.train[f"{name}_optimizer_clipgrad"] or math.inf
+        clip = self.opt.train[f"{_side(name)}_optimizer_clipgrad"] or math.inf
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
         # One host synchronisation a step buys that no broken update is ever applied, let alone saved.
         named = {**terms, **self.shown, f"{name}_grad": norm}
@@ -204,7 +250,8 @@ class ModelBase:
             if not math.isfinite(value):
                 raise UserError(
                     f"step {current_step}: {term} is {value}, training stops before it spoils the weights; lower "
-                    f"train.{name}_optimizer_lr or set train.{name}_optimizer_clipgrad, then start again to resume"
+                    f"train.{_side(name)}_optimizer_lr or set train.{_side(name)}_optimizer_clipgrad, then start again "
+                    f"to resume"
                 )
         optimizer.step()
 
@@ -223,9 +270,10 @@ class ModelBase:
         """Set the learning rates of this step: halved (gamma) from each milestone on, in closed form as KAIR does."""
         train = self.opt.train
         for name, optimizer in self.optimizers.items():
-            passed = sum(current_step >= m for m in train[f"{name}_scheduler_milestones"])
+            side = _side(name)
+            passed = sum(current_step >= m for m in train[f"{side}_scheduler_milestones"])
             for group in optimizer.param_groups:
-                group["lr"] = train[f"{name}_optimizer_lr"] * train[f"{name}_scheduler_gamma"] ** passed
+                group["lr"] = train[f"{side}_optimizer_lr"] * train[f"{side}_scheduler_gamma"] ** passed
 
     def current_learning_rate(self) -> float:
         """The generator's learning rate."""

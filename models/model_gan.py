@@ -1,16 +1,28 @@
 """Adversarial training, with the self-similarity loss where it is asked for."""
 
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
 from models.loss import GANLoss
-from models.model_base import ModelBase
+from models.loss_systems import flat_mask
+from models.model_base import ModelBase, image_of
 from models.select_network import define_D
 from utils.utils_checkpoint import unwrap
 from utils.utils_option import Options
 
 
+class Contest(NamedTuple):
+    """What one discriminator is to tell apart, and how much it counts for the generator."""
+
+    weight: float
+    real: Tensor
+    fake: Tensor  # with the generator's gradient, where this is its step
+
+
 class ModelGAN(ModelBase):
-    """A generator against a discriminator on images."""
+    """A generator against a discriminator on images; a subclass may add others to :meth:`contests`."""
 
     def __init__(self, opt: Options, device: torch.device) -> None:
         super().__init__(opt, device)
@@ -18,31 +30,47 @@ class ModelGAN(ModelBase):
         self.gan = GANLoss(opt.train.gan_type)
 
     def optimize_parameters(self, current_step: int) -> None:
-        """One step of the generator, then one of the discriminator on the same batch."""
+        """One step of the generator, then one of each discriminator on the same batch."""
         train = self.opt.train
+        # The generator rests while it is the discriminators' turn alone.
+        with_G = current_step > train.D_init_iters and current_step % train.D_update_ratio == 0
+        with torch.set_grad_enabled(with_G):
+            output = self.netG(self.L)
+            self.E = image_of(output)
+            contests = {name: contest for name, contest in self.contests().items() if contest.weight > 0}
 
-        # The generator, unless it is the discriminator's turn alone.
-        if current_step > train.D_init_iters and current_step % train.D_update_ratio == 0:
-            self.E = self.netG(self.L)
-            terms = self.fidelity_terms(self.E)
-            if train.D_lossfn_weight > 0:
-                # Unwrapped: gradients pass through D to E, and D's own must not be exchanged between processes.
-                netD = unwrap(self.netD).requires_grad_(False)
-                with torch.no_grad():
-                    pred_real = netD(self.H) if self.gan.needs_real else None
-                terms["D_loss"] = train.D_lossfn_weight * self.gan.generator(netD(self.E), pred_real)
-                netD.requires_grad_(True)
+        if with_G:
+            terms = self.fidelity_terms(output)
+            for name, contest in contests.items():
+                terms[f"{name}_loss"] = contest.weight * self._fooling(name, contest)
             self.descend("G", terms, current_step)
             self.update_E()
-        else:
-            with torch.no_grad():
-                self.E = self.netG(self.L)
 
-        # The discriminator.
-        if train.D_lossfn_weight > 0:
-            pred_real = self.netD(self.H)
-            pred_fake = self.netD(self.E.detach())
-            l_d_real, l_d_fake = self.gan.discriminator(pred_real, pred_fake)
-            self.descend("D", {"l_d_real": l_d_real, "l_d_fake": l_d_fake}, current_step)
-            self.log["D_real"] = pred_real.detach().mean().item()
-            self.log["D_fake"] = pred_fake.detach().mean().item()
+        for name, contest in contests.items():
+            self._discriminate(name, contest, current_step)
+
+    def contests(self) -> dict[str, Contest]:
+        """What each discriminator sees of H and E, by its name."""
+        train = self.opt.train
+        # All of an image, or only what is not flat in H.
+        seen: Tensor | float = 1 - flat_mask(self.H) if train.region_aware else 1.0
+        return {"D": Contest(train.D_lossfn_weight, seen * self.H, seen * self.E)}
+
+    def _fooling(self, name: str, contest: Contest) -> Tensor:
+        """The generator's loss against one discriminator, not weighted."""
+        # Unwrapped: gradients pass through D to E, and D's own must not be exchanged between processes.
+        netD = unwrap(self.networks[name]).requires_grad_(False)
+        with torch.no_grad():
+            pred_real = netD(contest.real) if self.gan.needs_real else None
+        loss = self.gan.generator(netD(contest.fake), pred_real)
+        netD.requires_grad_(True)
+        return loss
+
+    def _discriminate(self, name: str, contest: Contest, current_step: int) -> None:
+        """The step of one discriminator."""
+        netD = self.networks[name]
+        pred_real, pred_fake = netD(contest.real), netD(contest.fake.detach())
+        l_real, l_fake = self.gan.discriminator(pred_real, pred_fake)
+        self.descend(name, {f"l_{name.lower()}_real": l_real, f"l_{name.lower()}_fake": l_fake}, current_step)
+        self.log[f"{name}_real"] = pred_real.detach().mean().item()
+        self.log[f"{name}_fake"] = pred_fake.detach().mean().item()

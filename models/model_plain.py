@@ -1,6 +1,6 @@
 """PSNR-oriented training: pixel losses, and the self-similarity or perceptual loss where they are asked for."""
 
-from models.model_base import ModelBase
+from models.model_base import ModelBase, image_of
 
 
 class ModelPlain(ModelBase):
@@ -8,7 +8,8 @@ class ModelPlain(ModelBase):
 
     def optimize_parameters(self, current_step: int) -> None:
         """One step of the generator."""
-        self.E = self.netG(self.L)
-        terms = self.fidelity_terms(self.E)
+        output = self.netG(self.L)
+        self.E = image_of(output)
+        terms = self.fidelity_terms(output)
         self.descend("G", terms, current_step)
         self.update_E()

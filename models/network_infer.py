@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from models.network_spandrel import describe_weights
 from utils.utils_error import UserError
 
 Weights = Mapping[str, Tensor]
@@ -17,7 +18,7 @@ def infer_netG(state_dict: Weights, scale: int | None = None) -> dict[str, Any]:
 
     Known are RRDBNet in the layouts of BasicSR (also with the pixel-unshuffle of scales 2 and 1), BSRGAN and old
     ESRGAN, KAIR's RRDB, SPSRNet, MSRResNet in those of BasicSR and KAIR, RankSRGAN's SRResNet, SRVGGNetCompact, SwinIR
-    and ELAN.
+    and ELAN; any other that spandrel knows is left to it, where it is installed: net_type spandrel.
 
     Args:
         state_dict: bare weights by name, as ``utils_checkpoint.load_state_dict`` returns them.
@@ -41,10 +42,14 @@ def infer_netG(state_dict: Weights, scale: int | None = None) -> dict[str, Any]:
                 ) from error
             break
     else:
-        raise UserError(
-            f"no network of this program has weights called {', '.join(list(state_dict)[:3])}, ...; "
-            "give the network with --opt"
-        )
+        try:
+            found = describe_weights(state_dict)
+        except UserError as error:
+            raise UserError(
+                f"no network of this program has weights called {', '.join(list(state_dict)[:3])}, ...; {error}; "
+                "give the network with --opt"
+            ) from error
+        scales, n_channels, netG = [found.scale], found.output_channels, {"net_type": "spandrel"}
     if n_channels not in (1, 3):
         raise UserError(f"the network puts out {n_channels} channels; only 1 (gray) and 3 (RGB) can be tested")
     choices = " or ".join(map(str, scales))

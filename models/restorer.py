@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from models.network_infer import infer_netG
+from models.network_spandrel import load_spandrel
 from models.select_network import define_G
 from utils.utils_checkpoint import load_network, load_state_dict
 from utils.utils_error import UserError
@@ -117,7 +118,11 @@ def load_restorer_of(opt: Options, device: torch.device) -> Restorer:
 def _load(
     label: str, checkpoint: Path, options: Options | dict[str, Any], param_key: str | None, device: torch.device
 ) -> Restorer:
-    netG = define_G(options)
-    load_network(checkpoint, netG, param_key=param_key)
+    netG: nn.Module
+    if options["netG"]["net_type"] == "spandrel":  # whatever this checkpoint holds
+        netG = load_spandrel(checkpoint, options["scale"], options["n_channels"], param_key)
+    else:
+        netG = define_G(options)
+        load_network(checkpoint, netG, param_key=param_key)
     netG = netG.eval().requires_grad_(False).to(device)
     return Restorer(label, checkpoint, netG, options["scale"], options["n_channels"])

@@ -5,6 +5,7 @@ import torch
 from models.model_base import ModelBase
 from models.model_gan import ModelGAN
 from models.model_plain import ModelPlain
+from models.model_spsr import ModelSPSR
 from utils.utils_option import Options
 
 
@@ -14,7 +15,5 @@ def define_Model(opt: Options, device: torch.device | str = "cpu") -> ModelBase:
     Raises:
         UserError: a pretrained file is missing or does not fit, or the perceptual loss has no weights.
     """
-    device = torch.device(device)
-    if opt.model == "plain":
-        return ModelPlain(opt, device)
-    return ModelGAN(opt, device)
+    models: dict[str, type[ModelBase]] = {"plain": ModelPlain, "gan": ModelGAN, "spsr": ModelSPSR}
+    return models[opt.model](opt, torch.device(device))

@@ -19,15 +19,16 @@ from models.network_msrresnet import MSRResNet0, MSRResNet1
 from models.network_ranksrgan import RankerVGG12, RankSRGANSRResNet
 from models.network_rrdb import RRDB
 from models.network_rrdbnet import RRDBNet, RRDBNetBasicSR
+from models.network_spandrel import load_spandrel
 from models.network_spsr import SPSRNet
 from models.network_srvgg import SRVGGNetCompact
 from models.network_swinir import SwinIR
 from utils.utils_error import UserError
-from utils.utils_option import network_options
+from utils.utils_option import Options, network_options, patch_size
 
 
 def define_G(opt: Any) -> nn.Module:
-    """Build the generator of ``opt.netG``, initialised when ``opt.is_train``.
+    """Build the generator of ``opt.netG``, initialised when ``opt.is_train``; spandrel's come with their weights.
 
     Args:
         opt: resolved options, or a plain dict, with ``scale``, ``n_channels``, ``is_train`` and ``netG``.
@@ -37,6 +38,11 @@ def define_G(opt: Any) -> nn.Module:
     """
     opt = network_options(opt) if isinstance(opt, dict) else opt
     net = opt.netG
+    if net.net_type == "spandrel":
+        published = load_spandrel(net.path, opt.scale, opt.n_channels)
+        if opt.is_train and isinstance(opt, Options) and opt.train_set:
+            published.check_patch(patch_size(opt.train_set) // opt.scale)
+        return published
     try:
         network = _generator(net, opt.scale)
     except ValueError as error:

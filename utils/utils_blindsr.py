@@ -196,11 +196,16 @@ def gaussian_profile(size: int, std: float) -> Array:
 
 def anisotropic_gaussian(size: int, theta: float, l1: float, l2: float) -> Array:
     """A ``(size, size)`` Gaussian of variance ``l1`` along the angle ``theta`` (radians, x to y), ``l2`` across."""
+    kernel = np.exp(-0.5 * elliptic_distance(size, theta, l1, l2))
+    return kernel / kernel.sum()
+
+
+def elliptic_distance(size: int, theta: float, l1: float, l2: float) -> Array:
+    """``(size, size)``: ``x^T S^-1 x`` from the centre, S the covariance of :func:`anisotropic_gaussian`."""
     x = np.arange(size) - (size - 1) / 2
     along = np.cos(theta) * x + np.sin(theta) * x[:, None]
     across = np.cos(theta) * x[:, None] - np.sin(theta) * x
-    kernel = np.exp(-0.5 * (along**2 / l1 + across**2 / l2))
-    return kernel / kernel.sum()
+    return along**2 / l1 + across**2 / l2
 
 
 def shift_pixel(x: Array, sf: int, upper_left: bool = True) -> Array:

@@ -21,7 +21,7 @@ from utils.utils_error import UserError
 logger = logging.getLogger(__name__)
 
 # In the order of preference: the averaged weights are the ones that papers report.
-_WEIGHT_KEYS = ("params_ema", "params", "state_dict")
+_WEIGHT_KEYS = ("params_ema", "params-ema", "params", "state_dict", "model_state_dict", "model", "net")
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -70,8 +70,8 @@ def _starts_like_a_pickle(path: Path) -> bool:
 def load_state_dict(path: str | Path, param_key: str | None = None) -> dict[str, Tensor]:
     """Read the weights of a checkpoint, by name, on the CPU.
 
-    Bare state dicts and those under ``params_ema``, ``params`` or ``state_dict`` (the first that is there) are
-    understood; the prefixes that DataParallel and ``torch.compile`` put before names are taken off.
+    Bare state dicts and those under one of ``_WEIGHT_KEYS`` (the first that is there) are understood; the prefixes that
+    DataParallel and ``torch.compile`` put before names are taken off.
 
     Args:
         path: a file that :func:`load_checkpoint_file` reads.
@@ -189,7 +189,8 @@ class LoadReport:
 def load_network(path: str | Path, network: nn.Module, strict: bool = True, param_key: str | None = None) -> LoadReport:
     """Load a checkpoint into a network, whichever of the known layouts either of them has, and log what was loaded.
 
-    The RRDBNet family (BasicSR, BSRGAN, old ESRGAN, KAIR's RRDB) and MSRResNet (BasicSR, KAIR) are translated.
+    The RRDBNet family (BasicSR, BSRGAN, old ESRGAN, KAIR's RRDB) and MSRResNet (BasicSR, KAIR) are translated; a
+    network that knows more layouts of its own has a method ``in_own_names``.
 
     Args:
         path: a file that :func:`load_state_dict` reads.
@@ -203,7 +204,9 @@ def load_network(path: str | Path, network: nn.Module, strict: bool = True, para
     """
     network = unwrap(network)
     own = network.state_dict()
-    weights = _in_names_of(own, load_state_dict(path, param_key))
+    weights = load_state_dict(path, param_key)
+    in_own_names = getattr(network, "in_own_names", None)
+    weights = in_own_names(weights) if in_own_names else _in_names_of(own, weights)
     # What a network works out by itself (SwinIR's masks) is in files too, in the size that was right for them.
     computed = getattr(network, "computed_buffers", ())
     weights = {key: own[key] if key in own and key.endswith(computed) else value for key, value in weights.items()}

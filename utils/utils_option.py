@@ -166,6 +166,13 @@ class ELANOptions(_Network):
     use_checkpoint: bool = Field(False, description="recompute blocks in the backward pass: less memory, more time")
 
 
+class SpandrelOptions(Section):
+    net_type: Literal["spandrel"] = Field(
+        "spandrel", description="any architecture that spandrel knows, as path.pretrained_netG holds it"
+    )
+    path: str | None = Field(None, exclude=True, description="filled in: the checkpoint that the network is built from")
+
+
 NetG = Annotated[
     RRDBNetOptions
     | RRDBNetBasicSROptions
@@ -175,7 +182,8 @@ NetG = Annotated[
     | RankSRGANSRResNetOptions
     | SRVGGOptions
     | SwinIROptions
-    | ELANOptions,
+    | ELANOptions
+    | SpandrelOptions,
     Field(discriminator="net_type"),
 ]
 
@@ -261,11 +269,16 @@ class DatasetOptions(Section):
     lq_patchsize: Positive | None = Field(
         None, description="side of the L patch kept after a blind degradation; null = H_size / scale"
     )
-    degradation_type: Literal["bsrgan", "bsrgan_light"] = Field(
-        "bsrgan", description="blindsr: bsrgan = KAIR's figures, bsrgan_light = the milder ones of the SSL paper's code"
+    degradation_type: Literal["bsrgan", "bsrgan_light", "realesrgan", "realesrgan_light"] = Field(
+        "bsrgan",
+        description="blindsr: the figures of BSRGAN (KAIR's) or Real-ESRGAN; ..._light = the milder ones of the SSL "
+        "paper's code. Each sample has draws of its own: Real-ESRGAN's pool, which mixes batches, is not needed",
     )
     shuffle_prob: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="KAIR's; plain bsrgan always shuffles")
-    use_sharp: bool = Field(False, description="blindsr: sharpen H (unsharp mask) before degrading it")
+    use_sharp: bool = Field(
+        False,
+        description="blindsr: sharpen H (unsharp mask) before degrading it; realesrgan keeps H and adds H_usm",
+    )
     mask_augment: bool = Field(
         True,
         description="flip and turn the mask with its image; false reproduces the published code, which did not",
@@ -284,6 +297,7 @@ class PathOptions(Section):
     pretrained_netG: str | None = Field(None, description="start the generator from this checkpoint")
     pretrained_netD: str | None = Field(None, description="start the discriminator from this checkpoint")
     pretrained_netE: str | None = Field(None, description="start the EMA generator from this; null = a copy of G")
+    pretrained_netR: str | None = Field(None, description="the trained ranker, for train.rank_weight > 0")
     pretrained_netF: str | None = Field(
         None, description="VGG19 weights of the perceptual loss; null = torch's own cache (downloaded if it can be)"
     )
@@ -295,6 +309,8 @@ class TrainOptions(Section):
 
     G_lossfn_type: Literal["l1", "l2", "l2sum", "charbonnier", "ssim"] = Field("l1", description="pixel loss")
     G_lossfn_weight: Weight = Field(1.0, description="weight of the pixel loss; 0 = off")
+    l1_gt_usm: bool = Field(False, description="pixel loss against the sharpened H, H_usm; needs use_sharp of the data")
+    percep_gt_usm: bool = Field(False, description="perceptual loss against the sharpened H, H_usm; as l1_gt_usm")
     G_charbonnier_eps: Rate = Field(1e-9, description="epsilon under the root of the Charbonnier loss")
 
     F_lossfn_type: Literal["l1", "l2"] = Field("l1", description="distance between VGG19 features")
@@ -326,6 +342,29 @@ class TrainOptions(Section):
     generalization: bool = Field(True, description="divide each pixel's graph by its sum")
     mask_stride: Count = Field(0, description="keep 1 edge pixel in this many (a tiled identity); 0 or 1 = all")
     mask_threshold: Annotated[float, Field(ge=0)] = Field(20.0, description="Laplacian threshold of the edge mask")
+
+    gradient_weight: Weight = Field(0.0, description="SPSR: squared distance of the images' gradient maps; 0 = off")
+    branch_weight: Weight = Field(
+        0.0, description="SPSR: L1 between H's gradient map and what netG's gradient branch makes of L; 0 = off"
+    )
+    gradient_D_lossfn_weight: Weight = Field(
+        0.0, description="SPSR: weight of the generator's adversarial loss on gradient maps; 0 = off"
+    )
+    rank_weight: Weight = Field(
+        0.0, description="RankSRGAN: sum over the batch of the sigmoid of netR's scores, lower being better; 0 = off"
+    )
+    rank_published: bool = Field(
+        False,
+        description="rank term as in the SSL paper's code: logged, but without gradient, netR in training mode",
+    )
+    ldl_weight: Weight = Field(0.0, description="LDL: L1 weighted by the artifact map, needs E_decay > 0; 0 = off")
+    best_buddy_weight: Weight = Field(0.0, description="BebyGAN: best-buddy loss, patches of 12 or more; 0 = off")
+    back_projection_weight: Weight = Field(
+        0.0, description="BebyGAN: L1 between E shrunk by MATLAB's bicubic and L, for bicubic L only; 0 = off"
+    )
+    region_aware: bool = Field(
+        False, description="BebyGAN: blacken the flat areas of H in what the discriminator sees of H and E"
+    )
 
     E_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="EMA of the generator; 0 = off")
 
@@ -376,14 +415,17 @@ class Options(Section):
         pattern=r"^[^/\\\s.\x00-\x1f][^/\\\x00-\x1f]*$",
         max_length=200,
     )
-    model: Literal["plain", "gan"] = Field("plain", description="plain = pixel losses, gan = adversarial")
+    model: Literal["plain", "gan", "spsr"] = Field(
+        "plain", description="plain = pixel losses, gan = adversarial, spsr = with a second netD, on gradient maps"
+    )
     gpu_ids: list[Count] | None = Field(None, description="GPUs by number, one process each (torchrun); null = all")
     scale: Annotated[int, Field(ge=1, le=8)] = Field(4, description="upscaling factor, for networks and data alike")
     n_channels: Channels = Field(3, description="1 = gray, 3 = RGB, for networks and data alike")
     path: PathOptions = Field(PathOptions(), description="where the run lives and what it starts from")
     datasets: dict[str, DatasetOptions] = Field({}, description='"train" and any number of "test..." or "val..." sets')
     netG: NetG = Field(description="the generator")
-    netD: NetD | None = Field(None, description="the discriminator (model gan)")
+    netD: NetD | None = Field(None, description="the discriminator (models gan and spsr)")
+    netR: RankerOptions | None = Field(None, description="the ranker (train.rank_weight > 0)")
     train: TrainOptions = Field(TrainOptions(), description="losses, optimizers, schedule, checkpoints")
     test: TestOptions = Field(TestOptions(), description="validation and testing")
     is_train: bool = Field(True, description="filled in")
@@ -427,6 +469,7 @@ _UNUSED_TRAIN = {f"{net}_regularizer_{kind}step" for net in "GD" for kind in ("o
 _UNUSED_TRAIN |= {f"{net}_optimizer_reuse" for net in "GD"}
 _UNUSED_NETWORK = {"ng", "reduction", "bias", "r", "n_layers", "norm_type", "nf", "nc", "nb", "gc", "act_mode"}
 _UNUSED_NETWORK |= {"upsample_mode", "downsample_mode", "upscale", "act_type", "use_checkpoint", "scale", "n_channels"}
+_UNUSED_NETWORK |= {"init_type", "init_bn_type", "init_gain"}  # of a network that is never initialised
 
 _RENAMED_TRAIN = {"SSL_loss_weight": "ssl_l1_weight", "SSL1_loss_weight": "ssl_kl_weight"}
 
@@ -567,6 +610,8 @@ def _fields_at(location: tuple[Any, ...]) -> Iterable[str]:
     for part in location:
         if part in ("netG", "netD") and section is Options:
             section = NetG if part == "netG" else NetD
+        elif part == "netR" and section is Options:
+            section = RankerOptions
         elif section in (NetG, NetD):
             section = _network_classes(section)[part]
         elif section is Options and part == "datasets":
@@ -648,6 +693,21 @@ def _with_top(network: Any, top: Any, side: str, source: str) -> Any:
     return network.model_copy(update=update)
 
 
+def _with_checkpoint(opt: Options, source: str) -> Options:
+    """Where the network is built from a checkpoint: which, the pretrained one or, that one gone, the run's newest."""
+    if not isinstance(opt.netG, SpandrelOptions):
+        return opt
+    path = opt.path.pretrained_netG
+    if opt.netG.path not in (None, path):
+        raise UserError(f"{source}: netG.path: {opt.netG.path} contradicts path.pretrained_netG {path}; remove it")
+    if opt.is_train and not (path and Path(path).is_file()):
+        own = sorted((opt.task_dir / "models").glob("*_G.pth"), key=lambda file: (len(file.name), file.name))
+        if own:
+            path = str(own[-1])
+            opt = opt.model_copy(update={"path": opt.path.model_copy(update={"pretrained_netG": path})})
+    return opt.model_copy(update={"netG": opt.netG.model_copy(update={"path": path})})
+
+
 def _filled_in(name: str, data: DatasetOptions, opt: Options, source: str) -> DatasetOptions:
     """A data set with what comes from the top of the file; a set that states something else contradicts it."""
     known = {
@@ -678,6 +738,7 @@ def _problems(opt: Options) -> Iterator[str]:
         "srvgg_compact": range(1, 9),
         "swinir": (1, 2, 3, 4, 8),
         "elan": range(1, 9),
+        "spandrel": range(1, 9),
     }.get(opt.netG.net_type, (2, 3, 4))
     if opt.scale not in scales:
         yield f"scale: {opt.netG.net_type} is made for scales {', '.join(map(str, scales))}, not {opt.scale}"
@@ -707,6 +768,12 @@ def _problems(opt: Options) -> Iterator[str]:
     if data is None:
         yield "datasets.train: is required for training"
         return
+    if opt.netG.net_type == "spandrel" and opt.netG.path is None:
+        yield "path.pretrained_netG: is required for net_type spandrel: the checkpoint that the network is built from"
+    gives_H_usm = data.use_sharp and data.dataset_type.startswith("blind") and "realesrgan" in data.degradation_type
+    for name in ("l1_gt_usm", "percep_gt_usm"):
+        if train[name] and not gives_H_usm:
+            yield f"train.{name}: needs datasets.train.use_sharp and degradation_type realesrgan, which make H_usm"
     for name in ("kernel_size_search", "kernel_size_window"):
         if getattr(train, name) % 2 == 0:
             yield f"train.{name}: must be odd, not {getattr(train, name)}"
@@ -736,13 +803,31 @@ def _problems(opt: Options) -> Iterator[str]:
     halvings = sum(max(layers) >= pool for pool in (4, 9, 18, 27, 36))
     if train.F_lossfn_weight and size < 2**halvings:
         yield f"train.F_feature_layer: {max(layers)} needs patches of at least {2**halvings} pixels, not {size}"
-    if opt.model == "plain" and not train.G_lossfn_weight and not with_ssl:
+    if train.ldl_weight and not train.E_decay:
+        yield "train.ldl_weight: the artifact map needs the averaged generator: set train.E_decay"
+    if train.best_buddy_weight and size < 12:
+        yield f"train.best_buddy_weight: needs patches of at least 12 pixels, not {size}"
+    if train.branch_weight and opt.netG.net_type != "spsr":
+        yield f"train.branch_weight: {opt.netG.net_type} has no gradient branch; use netG.net_type spsr, or set it to 0"
+    if train.gradient_D_lossfn_weight and opt.model != "spsr":
+        yield f"train.gradient_D_lossfn_weight: model {opt.model} has no second discriminator; use model spsr"
+    if train.rank_weight:
+        if opt.netR is None:
+            yield "netR: is required for train.rank_weight > 0: the ranker (ranker_vgg12)"
+        if opt.path.pretrained_netR is None:
+            yield "path.pretrained_netR: is required for train.rank_weight > 0: the trained ranker"
+        if size < 32:
+            yield f"train.rank_weight: the ranker needs patches of at least 32 pixels, not {size}"
+    # The sum of what ModelBase.fidelity_terms weighs, but for the perceptual loss.
+    weighed = ("G_lossfn", "gradient", "branch", "ldl", "best_buddy", "back_projection", "rank", "ssl_l1", "ssl_kl")
+    fidelity = sum(train[f"{name}_weight"] for name in weighed)
+    if opt.model == "plain" and not fidelity:
         yield "train.G_lossfn_weight: all losses of the generator have weight 0: nothing to train"
-    if opt.model == "gan":
-        if not (train.G_lossfn_weight or train.F_lossfn_weight or train.D_lossfn_weight or with_ssl):
+    if opt.model != "plain":
+        if not (fidelity or train.F_lossfn_weight or train.D_lossfn_weight or train.gradient_D_lossfn_weight):
             yield "train: all losses of the generator have weight 0: nothing to train"
         if opt.netD is None:
-            yield "netD: is required for model gan (for example discriminator_unet)"
+            yield f"netD: is required for model {opt.model} (for example discriminator_unet)"
         elif opt.netD.net_type in ("discriminator_unet", "discriminator_unet_sn") and size % 8:
             yield f"netD.net_type: {opt.netD.net_type} takes patches divisible by 8, not {size}"
         elif isinstance(opt.netD, VGGStyleDiscriminatorOptions) and opt.netD.input_size != size:
@@ -782,8 +867,10 @@ def parse(path: str | Path, is_train: bool = True, overrides: Iterable[str] = ()
             "datasets": {name: _filled_in(name, data, opt, source) for name, data in opt.datasets.items()},
             "netG": _with_top(opt.netG, opt, "netG", source),
             "netD": opt.netD and _with_top(opt.netD, opt, "netD", source),
+            "netR": opt.netR and _with_top(opt.netR, opt, "netR", source),
         }
     )
+    opt = _with_checkpoint(opt, source)
     for problem in _problems(opt):
         raise UserError(f"{source}: {problem}")
     return opt

@@ -461,7 +461,7 @@ class SelfSimilarityLoss(nn.Module):
         _check(sr, mask, k, w, self.search_border)
         mode = _choose(self.ssl_mode, sr.device.type)
         with torch.autocast(sr.device.type, enabled=False):
-            if mode in _COMPILED.values():
+            if mode in ("cpp", "cuda"):
                 return self._fused(_computable(sr), _computable(hr), mask)
             pixels = _masked_pixels(mask)
             settings = (k, w, zero, self.sigma, self.generalization, mode)

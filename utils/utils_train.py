@@ -46,7 +46,7 @@ def training_options(description: str | None, models: Sequence[str], argv: Seque
     arguments = parser.parse_intermixed_args(argv)  # overrides may stand before --opt and after it
     opt = parse(arguments.opt, is_train=True, overrides=arguments.override)
     if opt.model not in models:
-        script = {"plain": "main_train_psnr.py", "gan": "main_train_gan.py"}[opt.model]
+        script = "main_train_psnr.py" if opt.model == "plain" else "main_train_gan.py"
         raise UserError(f"{arguments.opt}: model is {opt.model!r}: train it with {script}")
     return opt
 
@@ -220,12 +220,17 @@ def _check_paths(opt: Options) -> None:
                     raise UserError(f"{key_path}: there is no {root}; put {content} there, or set {key_path}=FOLDER")
     for key in ("pretrained_netG", "pretrained_netD", "pretrained_netE", "pretrained_netF"):
         path = opt.path[key]
-        needed = {"pretrained_netD": opt.model == "gan", "pretrained_netF": opt.train.F_lossfn_weight > 0}.get(
+        needed = {"pretrained_netD": opt.model != "plain", "pretrained_netF": opt.train.F_lossfn_weight > 0}.get(
             key, True
         )
         if path and needed and not Path(path).is_file():
+            if key == "pretrained_netG" and opt.netG.net_type == "spandrel":
+                raise UserError(f"path.{key}: there is no file {path}; put it there: the network is built from it")
             else_ = {"pretrained_netG": "random weights", "pretrained_netF": "torch's own cache"}.get(key, "without it")
             raise UserError(f"path.{key}: there is no file {path}; put it there, or set path.{key}=null: {else_}")
+    ranker = opt.path.pretrained_netR
+    if opt.train.rank_weight > 0 and ranker and not Path(ranker).is_file():
+        raise UserError(f"path.pretrained_netR: there is no file {ranker}; put it there, or set train.rank_weight=0")
 
 
 def _make_run_folder(opt: Options, seed: int) -> None:
