@@ -103,7 +103,9 @@ class ModelBase:
         """Register a trained network with its optimizer: on the device, loaded, wrapped for several processes."""
         if pretrained:
             load_network(pretrained, network, strict)
-        network = network.to(self.device)
+        # Convolutions give what their weights' layout is: the images need not be turned.
+        layout = torch.channels_last if self.opt.train.channels_last else torch.preserve_format
+        network = network.to(self.device, memory_format=layout)
         self.optimizers[name] = self._optimizer(name, network.parameters())
         if utils_dist.world_size() > 1:
             # Buffers (spectral norm, batch statistics) stay each process's own: a broadcast in the middle of a step

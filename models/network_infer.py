@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from models.network_spandrel import describe_weights
 from utils.utils_error import UserError
+from utils.utils_spandrel import describe_weights
 
 Weights = Mapping[str, Tensor]
 

@@ -1,7 +1,6 @@
 """Any published architecture that spandrel knows (HAT, DAT, SPAN, RealPLKSR, ...), built from a checkpoint of it."""
 
 import logging
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,42 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.utils_checkpoint import load_state_dict
 from utils.utils_error import UserError
+from utils.utils_spandrel import describe_checkpoint, describe_weights
 
 if TYPE_CHECKING:
     from spandrel import ImageModelDescriptor
 
 logger = logging.getLogger(__name__)
-
-
-def describe_weights(weights: Mapping[str, Tensor]) -> "ImageModelDescriptor[nn.Module]":
-    """The network of these weights as spandrel finds it from their names and shapes, with its scale and channels.
-
-    Args:
-        weights: bare weights by name, as ``utils_checkpoint.load_state_dict`` returns them; left as they are.
-
-    Raises:
-        UserError: spandrel is not installed, does not know the network, or it does not make an image of an image.
-    """
-    try:
-        import spandrel
-    except ImportError as error:
-        raise UserError(
-            "the package spandrel, which knows more networks, is not installed; pip install -r requirements-extra.txt"
-        ) from error
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch about the code of the networks
-            # Its loaders change the dictionary that they are given.
-            found = spandrel.ModelLoader().load_from_state_dict(spandrel.canonicalize_state_dict(dict(weights)))
-    except spandrel.UnsupportedModelError as error:
-        raise UserError(f"spandrel knows no network with weights called {', '.join(list(weights)[:3])}, ...") from error
-    except Exception as error:  # names that look right with shapes that are not make it raise almost anything
-        raise UserError(f"spandrel cannot build a network from these weights ({error!r})") from error
-    if not isinstance(found, spandrel.ImageModelDescriptor) or found.input_channels != found.output_channels:
-        raise UserError(f"{found.architecture.name} is no network for super-resolution")
-    return found
 
 
 class SpandrelNetwork(nn.Module):
@@ -63,7 +33,10 @@ class SpandrelNetwork(nn.Module):
         self.scale = found.scale
         self.size_requirements = found.size_requirements
         self.size_multiple = found.size_requirements.multiple_of
-        self.call = found._call_fn  # takes the image out of a tuple, or shifts the range
+        call = getattr(found, "_call_fn", None)  # takes the image out of a tuple, or shifts the range
+        if call is None:
+            raise UserError("this version of spandrel is not known here; python -m pip install 'spandrel<0.5'")
+        self.call = call
         for name, parameter in self.named_parameters():
             if ".eval_conv." in name:  # SPAN computes these from the others; they never see a gradient
                 parameter.requires_grad_(False)
@@ -121,11 +94,7 @@ def load_spandrel(
     """
     if path is None:
         raise UserError("netG.path: net_type spandrel is built from a checkpoint: set path.pretrained_netG")
-    weights = load_state_dict(path, param_key)
-    try:
-        found = describe_weights(weights)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+    found = describe_checkpoint(path, param_key)
     name = found.architecture.name
     if found.scale != scale:
         raise UserError(f"scale: {path} holds {name} for scale {found.scale}, not {scale}; set scale to {found.scale}")

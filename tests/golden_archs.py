@@ -54,10 +54,10 @@ def _spectral_vectors(weight: np.ndarray, key_u: str) -> tuple[np.ndarray, np.nd
     return u.astype(np.float32), v.astype(np.float32)
 
 
-@torch.no_grad()
-def fill(network: nn.Module, golden: dict[str, Any]) -> None:
-    """Give every tensor the value that its name and shape determine."""
-    rule, state = golden["fill"], network.state_dict()
+def values(golden: dict[str, Any]) -> dict[str, Tensor]:
+    """The filled tensors by name, in the published order: what a checkpoint of its authors would hold, but for the
+    constants that the constructor computes (``fill.kept_keys``)."""
+    rule, found = golden["fill"], {}
     for key, shape, _ in golden["manifest"]:
         if key in rule["kept_keys"]:
             continue
@@ -66,11 +66,22 @@ def fill(network: nn.Module, golden: dict[str, Any]) -> None:
             value = np.abs(value) + 1
         elif key in rule["norm_weight_keys"]:
             value = value + 1
-        state[key].copy_(torch.from_numpy(value))
+        found[key] = torch.from_numpy(value)
     for module in rule["spectral_norm_modules"]:
-        u, v = _spectral_vectors(state[f"{module}.weight_orig"].numpy(), f"{module}.weight_u")
-        state[f"{module}.weight_u"].copy_(torch.from_numpy(u))
-        state[f"{module}.weight_v"].copy_(torch.from_numpy(v))
+        u, v = _spectral_vectors(found[f"{module}.weight_orig"].numpy(), f"{module}.weight_u")
+        found[f"{module}.weight_u"], found[f"{module}.weight_v"] = torch.from_numpy(u), torch.from_numpy(v)
+    for first, second in rule["aliases"]:
+        later = max(first, second, key=list(found).index)
+        found[first] = found[second] = found[later]
+    return found
+
+
+@torch.no_grad()
+def fill(network: nn.Module, golden: dict[str, Any]) -> None:
+    """Give every tensor the value that its name and shape determine."""
+    state = network.state_dict()
+    for key, value in values(golden).items():
+        state[key].copy_(value)
 
 
 def relative_error(found: Tensor, expected: np.ndarray) -> float:

@@ -69,6 +69,16 @@ def test_a_file_and_its_twin_with_ssl_differ_in_ssl_alone(name: str) -> None:
     assert plain == ssl
 
 
+@pytest.mark.parametrize("name", [*GAN, "spandrel_ssl"])
+def test_what_is_trained_is_tested_with_the_same_network(name: str) -> None:
+    trained = options(f"train_{name}")
+    file = OPTIONS / f"test_{name.removesuffix('_ssl').removesuffix('_blind')}.json"
+    tested = parse(file, is_train=False)
+    assert tested.netG.model_dump() == trained.netG.model_dump()
+    assert tested.task == file.stem
+    assert {data.name for data in tested.test_sets.values()} >= {"Set5", "Set14"}
+
+
 @pytest.mark.parametrize("name", GAN)
 def test_a_run_starts_from_published_weights_or_from_the_last_average_of_its_stage(name: str) -> None:
     opt = options(f"train_{name}")
@@ -248,7 +258,7 @@ def reduced(opt: Options, place: Path) -> list[str]:
     result = [f"path.root={place}", "path.pretrained_netG=null", f"datasets.train.dataroot_H={place / 'H'}"]
     result += [f"datasets.train.H_size={size}", "datasets.train.dataloader_batch_size=1"]
     result += ["datasets.train.dataloader_num_workers=0", "train.manual_seed=1", "train.checkpoint_print=1"]
-    result += ["train.checkpoint_save=1", "train.F_lossfn_weight=0"]  # VGG19's weights are a download
+    result += ["train.checkpoint_save=2", "train.F_lossfn_weight=0"]  # VGG19's weights are a download
     if opt.train_set.lq_patchsize:
         result.append(f"datasets.train.lq_patchsize={size // 4}")
     result += [f"netG.{text}" for text in TINY_G[opt.netG.net_type]]
@@ -268,18 +278,18 @@ def test_a_recipe_trains_saves_goes_on_and_restores(name: str, place: Path, monk
     opt = options(name)
     script, _ = command(name)
     arguments = [script, "--opt", str(OPTIONS / f"{name}.json"), *reduced(opt, place)]
-    for iterations in (1, 2):
+    for iterations in (2, 4):
         monkeypatch.setattr(sys, "argv", [*arguments, f"train.iterations={iterations}"])
         importlib.import_module(script).main()
 
     folder = place / opt.task
     expected = {"G", "E", "optimizerG", *SAVED[opt.model].split()}
-    assert {path.stem.partition("_")[2] for path in (folder / "models").glob("2_*.pth")} == expected
+    assert {path.stem.partition("_")[2] for path in (folder / "models").glob("4_*.pth")} == expected
     log = (folder / "train.log").read_text(encoding="utf-8")
-    assert "resumed at step 1" in log
-    losses = next(line for line in log.splitlines() if "step 2/2" in line)
+    assert "resumed at step 2" in log
+    losses = next(line for line in log.splitlines() if "step 4/4" in line)
     assert {term for term in TERMS if f" {term} " in losses} == {term for term in TERMS if opt.train[TERMS[term]] > 0}
-    first, last = (torch.load(folder / "models" / f"{step}_G.pth", weights_only=True) for step in (1, 2))
+    first, last = (torch.load(folder / "models" / f"{step}_G.pth", weights_only=True) for step in (2, 4))
     assert any(not torch.equal(first[key], last[key]) for key in first)
 
     main_test(["--model_path", str(folder), "--input", str(place / "L"), "--output", str(folder / "E")])

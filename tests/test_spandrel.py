@@ -1,5 +1,6 @@
 """Published architectures by way of spandrel: trained with SSL, saved, and loaded again by spandrel and by us."""
 
+import json
 import pickle
 import sys
 from collections.abc import Callable, Iterator
@@ -24,13 +25,15 @@ from torch import Tensor, nn
 from main_test import main as main_test
 from models.network_infer import infer_netG
 from models.network_rrdbnet import RRDBNetBasicSR
-from models.network_spandrel import SpandrelNetwork, describe_weights
+from models.network_spandrel import SpandrelNetwork
 from models.restorer import Restorer, load_restorer
 from models.select_network import define_G
+from tests.conftest import REPOSITORY
 from tests.training import SSL, Workplace, assert_same
 from utils.utils_checkpoint import load_network, load_state_dict, save_network
 from utils.utils_error import UserError
 from utils.utils_option import parse
+from utils.utils_spandrel import describe_weights
 from utils.utils_tile import restore
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # torch about the networks' code
@@ -133,6 +136,7 @@ def test_two_steps_with_ssl_are_saved_so_that_spandrel_and_we_load_them_alike(na
 
 
 def test_a_run_resumes_without_the_file_it_began_with_bit_for_bit_and_is_tested(tmp_path):
+    test_set = [f'datasets={{"test": {{"dataset_type": "sr", "dataroot_H": "{tmp_path / "T"}"}}}}']
     place = Workplace(tmp_path)
     original = published("HAT", tmp_path)
     place.run(*overrides(original, "task=whole", "train.iterations=2"))
@@ -143,6 +147,9 @@ def test_a_run_resumes_without_the_file_it_began_with_bit_for_bit_and_is_tested(
     assert_same(place.saved(2, "halves"), place.saved(2, "whole"))
     main_test(["--model_path", str(place.folder("halves")), "--gt", str(tmp_path / "T"), "--tile", "40"])
     assert (place.folder("halves") / "results" / "results.csv").is_file()
+    run = f"path.pretrained_netG={place.folder('halves')}"
+    main_test(["--opt", str(REPOSITORY / "options" / "test_spandrel.json"), run, f"path.root={tmp_path}", *test_set])
+    assert (tmp_path / "test_spandrel" / "results" / "results.csv").is_file()
     # The saved options can be given again, for another beginning too.
     [saved, *_] = sorted((place.folder("whole") / "options").glob("*.json"))
     assert parse(saved, overrides=["path.pretrained_netG=other.pth", "task=new"]).netG.path == "other.pth"
@@ -178,6 +185,20 @@ def test_a_checkpoint_of_no_network_of_ours_is_left_to_spandrel(tmp_path):
     assert found == {"scale": 2, "n_channels": 3, "is_train": False, "netG": {"net_type": "spandrel"}}
     with pytest.raises(UserError, match="scale 4 contradicts the weights, which are made for scale 2"):
         infer_netG(load_state_dict(tmp_path / "OmniSR.pth"), scale=4)
+
+
+def test_scale_and_channels_that_the_options_leave_open_are_the_checkpoints(tmp_path):
+    file = tmp_path / "options.json"
+    dataset = {"dataset_type": "sr", "dataroot_H": str(tmp_path), "H_size": 64}
+    path = {"root": str(tmp_path), "pretrained_netG": str(published("SPAN", tmp_path))}
+    file.write_text(
+        json.dumps({"task": "t", "netG": {"net_type": "spandrel"}, "path": path, "datasets": {"train": dataset}})
+    )
+    opt = parse(file)
+    assert (opt.scale, opt.n_channels) == (2, 3)
+    assert opt.train_set is not None
+    assert opt.train_set.scale == 2
+    assert parse(file, overrides=["scale=4"]).scale == 4  # what is stated is checked when the network is built
 
 
 def test_tiles_begin_at_the_networks_multiples_and_small_images_pass(tmp_path):

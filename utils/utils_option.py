@@ -168,7 +168,9 @@ class ELANOptions(_Network):
 
 class SpandrelOptions(Section):
     net_type: Literal["spandrel"] = Field(
-        "spandrel", description="any architecture that spandrel knows, as path.pretrained_netG holds it"
+        "spandrel",
+        description="any architecture that spandrel knows, as path.pretrained_netG holds it; scale and n_channels may "
+        "be left out: they are the checkpoint's",
     )
     path: str | None = Field(None, exclude=True, description="filled in: the checkpoint that the network is built from")
 
@@ -306,6 +308,10 @@ class PathOptions(Section):
 class TrainOptions(Section):
     iterations: Positive | None = Field(None, description="stop after this step; null = until interrupted, as KAIR")
     manual_seed: Count | None = Field(None, description="null = drawn at random and written to the log")
+
+    channels_last: bool = Field(
+        False, description="networks with the channels innermost in memory: faster convolutions on some GPUs and CPUs"
+    )
 
     G_lossfn_type: Literal["l1", "l2", "l2sum", "charbonnier", "ssim"] = Field("l1", description="pixel loss")
     G_lossfn_weight: Weight = Field(1.0, description="weight of the pixel loss; 0 = off")
@@ -693,19 +699,39 @@ def _with_top(network: Any, top: Any, side: str, source: str) -> Any:
     return network.model_copy(update=update)
 
 
+def _newest(folder: Path, networks: str) -> Path | None:
+    """The last step's file of the first of ``networks`` that ``folder`` or its ``models`` holds."""
+    for network in networks:
+        own = [*folder.glob(f"*_{network}.pth"), *(folder / "models").glob(f"*_{network}.pth")]
+        if own:
+            return max(own, key=lambda file: (len(file.name), file.name))
+    return None
+
+
 def _with_checkpoint(opt: Options, source: str) -> Options:
-    """Where the network is built from a checkpoint: which, the pretrained one or, that one gone, the run's newest."""
+    """Where the network is built from a checkpoint: which, the pretrained one or, that one gone, the run's newest.
+
+    The scale and the channels are then the checkpoint's, unless the options state them.
+    """
     if not isinstance(opt.netG, SpandrelOptions):
         return opt
     path = opt.path.pretrained_netG
     if opt.netG.path not in (None, path):
         raise UserError(f"{source}: netG.path: {opt.netG.path} contradicts path.pretrained_netG {path}; remove it")
-    if opt.is_train and not (path and Path(path).is_file()):
-        own = sorted((opt.task_dir / "models").glob("*_G.pth"), key=lambda file: (len(file.name), file.name))
-        if own:
-            path = str(own[-1])
-            opt = opt.model_copy(update={"path": opt.path.model_copy(update={"pretrained_netG": path})})
-    return opt.model_copy(update={"netG": opt.netG.model_copy(update={"path": path})})
+    if opt.is_train and not (path and Path(path).is_file()) and (own := _newest(opt.task_dir, "G")):
+        path = str(own)
+        opt = opt.model_copy(update={"path": opt.path.model_copy(update={"pretrained_netG": path})})
+    update: dict[str, Any] = {"netG": opt.netG.model_copy(update={"path": path})}
+    left_open = {"scale", "n_channels"} - opt.model_fields_set
+    given = Path(path) if path else opt.task_dir
+    file = given if given.is_file() else _newest(given, "EG")
+    if left_open and file:
+        from utils.utils_spandrel import describe_checkpoint  # reads weights: only where they decide
+
+        found = describe_checkpoint(file)
+        of_checkpoint = {"scale": found.scale, "n_channels": found.input_channels}
+        update |= {key: of_checkpoint[key] for key in left_open}
+    return opt.model_copy(update=update)
 
 
 def _filled_in(name: str, data: DatasetOptions, opt: Options, source: str) -> DatasetOptions:
@@ -859,10 +885,10 @@ def parse(path: str | Path, is_train: bool = True, overrides: Iterable[str] = ()
     if not is_train:
         raw.pop("netD", None)
     opt: Options = _validate(Options, raw, source)
+    opt = _with_checkpoint(opt.model_copy(update={"is_train": is_train}), source)
 
     opt = opt.model_copy(
         update={
-            "is_train": is_train,
             "unused": unused,
             "datasets": {name: _filled_in(name, data, opt, source) for name, data in opt.datasets.items()},
             "netG": _with_top(opt.netG, opt, "netG", source),
@@ -870,7 +896,6 @@ def parse(path: str | Path, is_train: bool = True, overrides: Iterable[str] = ()
             "netR": opt.netR and _with_top(opt.netR, opt, "netR", source),
         }
     )
-    opt = _with_checkpoint(opt, source)
     for problem in _problems(opt):
         raise UserError(f"{source}: {problem}")
     return opt
