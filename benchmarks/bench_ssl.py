@@ -114,6 +114,7 @@ def load_naive() -> None:
     from torch.utils import cpp_extension
 
     os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)  # of ninja, where pip put it
+    cpp_extension.CUDA_HOME = str(loader._toolkit() or "")  # wherever nvcc is
     source = Path(__file__).with_name("naive.cu")  # takes a minute or two, once
     cpp_extension.load("similarity_naive", [str(source)], extra_cuda_cflags=["-O3"], is_python_module=False)
 

@@ -306,3 +306,19 @@ def test_the_op_compiles_for_every_supported_architecture_and_links_with_pytorch
         [sys.executable, "-c", script], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.stdout.strip() == "True", done.stderr
+
+
+@pytest.mark.skipif(loader._toolkit() is None, reason="no CUDA toolkit")
+@pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch without CUDA")
+def test_the_benchmarks_published_kernel_compiles():
+    """It runs on a GPU only, which may be rented by the minute: there is no time for a typing error then."""
+    environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": "9.0", "PYTHONPATH": str(REPOSITORY / "benchmarks")}
+    done = subprocess.run(
+        [sys.executable, "-c", "import bench_ssl; bench_ssl.load_naive()"],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
