@@ -1,16 +1,22 @@
 # make demo   install, prepare, train, test: a small system from nothing to a table
+# make demo-dm  the same with a diffusion model
 # make test   install, run the tests
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test check schema
+.PHONY: demo demo-dm test check schema
 
 demo: $(VENV)/.installed
 	$(RUN) main_prepare_data.py demo
 	$(RUN) main_train_psnr.py --opt options/train_demo_psnr.json
 	$(RUN) main_train_gan.py --opt options/train_demo_gan_ssl.json
 	$(RUN) main_test.py --model_path psnr=experiments/demo_psnr gan_ssl=experiments/demo_gan_ssl --gt testsets/demo
+
+demo-dm: $(VENV)/.installed-extra
+	$(RUN) main_prepare_data.py demo
+	$(RUN) main_train_dm.py --opt options/train_resshift_demo.json
+	$(RUN) main_test.py --model_path experiments/resshift_demo --gt testsets/demo
 
 test: $(VENV)/.installed-dev
 	$(RUN) -m pytest
@@ -30,6 +36,10 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: requirements.txt | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.installed-extra: requirements-extra.txt $(VENV)/.installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-extra.txt
 	touch $@
 
 $(VENV)/.installed-dev: requirements-dev.txt requirements-extra.txt $(VENV)/.installed

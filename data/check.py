@@ -1,66 +1,125 @@
-"""Look at every file of a data set before training starts: better one line now than a crash at iteration 90,000."""
+"""Look at every file of a data set before work starts: better one line now than a crash at iteration 90,000.
 
+Two kinds of trouble. A file that cannot be read (empty, damaged, cut short) is named and left out, and stops nothing:
+in the test phase its item is not there, in the train phase another image takes its place. An image that is too small,
+has no partner or a partner of another size says that the data set is not what its options say: that ends the program.
+"""
+
+import logging
 import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from data.files import Files, list_files, raise_problems
+from data.files import Files, list_files, quote, raise_problems
 from utils.utils_error import UserError
-from utils.utils_image import Array, get_image_paths, imread_uint, read_mask
+from utils.utils_image import get_image_paths, imread_uint, read_mask
 from utils.utils_option import DatasetOptions
+
+logger = logging.getLogger(__name__)
+_Item = TypeVar("_Item")
+_Found = TypeVar("_Found")
+
+
+class Problems(NamedTuple):
+    """A line for each: ``unreadable`` files, and everything ``wrong`` with files that can be read."""
+
+    unreadable: list[str]
+    wrong: list[str]
 
 
 def check_dataset(dataset_opt: DatasetOptions) -> None:
-    """Raise one UserError that counts what :func:`find_problems` finds and names the first few; return if nothing."""
-    raise_problems(find_problems(dataset_opt), dataset_opt.phase)
+    """Raise one UserError that counts what is wrong and names the first few; only warn of unreadable training images.
+
+    Those of the test phase are not mentioned: the data set has left them out and said so. Raises UserError too where
+    not one item is readable.
+    """
+    problems = find_problems(dataset_opt)
+    raise_problems(problems.wrong, dataset_opt.phase)
+    if problems.unreadable and dataset_opt.phase == "train":
+        logger.warning("left out, others take their places: %s", quote(problems.unreadable, "train"))
 
 
-def find_problems(dataset_opt: DatasetOptions) -> list[str]:
-    """A line for every image that is unreadable, too small, without a partner or of another size than its partner.
+def find_problems(dataset_opt: DatasetOptions) -> Problems:
+    """What is the matter with a data set: files that cannot be read, too small ones, partners missing or of wrong size.
 
-    Every file is decoded, since a file cut short has a perfect header. Raises UserError for missing or empty folders.
+    Every file is decoded, since a file cut short has a perfect header. Raises UserError for missing or empty folders
+    and where nothing at all can be read.
     """
     opt = dataset_opt
+    missing: list[str] = []
     if opt.dataset_type == "l":
-        problems: list[str] = []
-        pairs = [Files(path, None, None) for path in get_image_paths(opt.dataroot_L)]
+        items = [Files(path, None, None) for path in get_image_paths(opt.dataroot_L)]
     else:
-        pairs, problems = list_files(opt)
+        items, missing = list_files(opt)
+    found = _map(lambda files: _problems_of(files, opt), items, "checking images")
+    unreadable = [problem for problems in found for problem in problems.unreadable]
+    if items and all(problems.unreadable for problems in found):
+        raise UserError(f"none of the {opt.phase} images can be read: {quote(unreadable, opt.phase)}")
+    wrong = [*missing, *(problem for problems in found for problem in problems.wrong)]
+    return Problems(list(dict.fromkeys(unreadable)), list(dict.fromkeys(wrong)))  # a file may be in several items
+
+
+def leave_out_unreadable(items: Sequence[Files], phase: str, n_channels: int) -> list[Files]:
+    """The items of which every file can be read; warns of the others. Raises UserError where there are none."""
+    found = _map(lambda files: _read(files, n_channels)[1], items, f"reading {phase} images")
+    unreadable = list(dict.fromkeys(line for lines in found for line in lines))
+    readable = [files for files, lines in zip(items, found, strict=True) if not lines]
+    if unreadable and not readable:
+        raise UserError(f"none of the {phase} images can be read: {quote(unreadable, phase)}")
+    if unreadable:
+        logger.warning("left out: %s", quote(unreadable, phase))
+    return readable
+
+
+def _map(function: Callable[[_Item], _Found], items: Sequence[_Item], what: str) -> list[_Found]:
     # OpenCV decodes outside the interpreter lock; a few threads, for each holds a whole image
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda files: _problems_of(files, opt), pairs)
-        progress = tqdm(found, total=len(pairs), desc="checking images", disable=len(pairs) <= 2000)
-        return problems + [problem for some in progress for problem in some]
+        return list(tqdm(pool.map(function, items), total=len(items), desc=what, disable=len(items) <= 2000))
 
 
-def _problems_of(files: Files, opt: DatasetOptions) -> list[str]:
-    problems = []
-    try:
-        H = imread_uint(files.H, opt.n_channels)
-    except UserError as error:
-        return [str(error)]
-    height, width = H.shape[:2]
-    smallest = opt.H_size if opt.phase == "train" else 1 if opt.dataset_type == "l" else opt.scale
-    if min(height, width) < smallest:
-        what = "H_size" if opt.phase == "train" else "the scale"
-        problems.append(f"{files.H} ({_size(H)}): smaller than {what} {smallest}")
-    try:
-        if files.L:
-            L = imread_uint(files.L, opt.n_channels)
-            if L.shape[:2] != (height // opt.scale, width // opt.scale):
-                problems.append(f"{files.L} ({_size(L)}): not 1/{opt.scale} of {files.H} ({_size(H)})")
-    except UserError as error:
-        problems.append(str(error))
-    try:
-        if files.mask:
-            mask = read_mask(files.mask)
-            if mask.shape != (height, width):
-                problems.append(f"{files.mask} ({_size(mask)}): not the size of {files.H} ({_size(H)})")
-    except UserError as error:
-        problems.append(str(error))
-    return problems
+def _problems_of(files: Files, opt: DatasetOptions) -> Problems:
+    sizes, unreadable = _read(files, opt.n_channels)
+    H, L, mask = (sizes.get(path) if path else None for path in files)
+    wrong = []
+    if H:
+        height, width = H
+        is_rank = opt.dataset_type == "rank"
+        scale = 1 if is_rank else opt.scale  # H and L are of one size
+        smallest = opt.H_size if opt.phase == "train" else {"l": 1, "rank": 32}.get(opt.dataset_type, scale)
+        if min(H) < smallest:
+            what = "H_size" if opt.phase == "train" else "the ranker's" if is_rank else "the scale"
+            wrong.append(f"{files.H} ({_size(H)}): smaller than {what} {smallest}")
+        if L and (height // scale, width // scale) != L:
+            part = "the size" if scale == 1 else f"1/{scale}"
+            wrong.append(f"{files.L} ({_size(L)}): not {part} of {files.H} ({_size(H)})")
+        if mask and mask != H:
+            wrong.append(f"{files.mask} ({_size(mask)}): not the size of {files.H} ({_size(H)})")
+    return Problems(unreadable, wrong)
 
 
-def _size(img: Array) -> str:
-    return f"{img.shape[1]}x{img.shape[0]}"
+def _read(files: Files, n_channels: int) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    """(height, width) of each file that can be read, and a line for each that cannot."""
+    sizes, unreadable = {}, []
+    for path in filter(None, files):
+        try:
+            status = os.stat(path) if os.path.exists(path) else None  # none: an image of an LMDB folder
+            stamp = (status.st_mtime_ns, status.st_size) if status else (0, 0)
+            sizes[path] = _decoded_size(path, path == files.mask, n_channels, stamp)
+        except UserError as error:
+            unreadable.append(str(error))
+    return sizes, unreadable
+
+
+@lru_cache(maxsize=1 << 16)
+def _decoded_size(path: str, is_mask: bool, n_channels: int, _stamp: tuple[int, int]) -> tuple[int, int]:
+    """Remembered, as long as the file is the same: a test set is looked at when it is built and when it is checked."""
+    height, width = (read_mask(path) if is_mask else imread_uint(path, n_channels)).shape[:2]
+    return height, width
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[1]}x{size[0]}"

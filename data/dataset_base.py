@@ -1,5 +1,6 @@
 """What all data sets with ground truth share: files, randomness, reading H and its mask, flips, tensors."""
 
+import logging
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -7,9 +8,13 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from data.check import leave_out_unreadable
 from data.files import Files, list_files, raise_problems
+from utils.utils_error import UserError
 from utils.utils_image import Array, augment_img, imread_uint, modcrop, read_mask, single2tensor3
 from utils.utils_option import DatasetOptions
+
+logger = logging.getLogger(__name__)
 
 
 class DatasetBase(Dataset[dict[str, Any]]):
@@ -21,6 +26,9 @@ class DatasetBase(Dataset[dict[str, Any]]):
     The key of an item is its index or, from a resumable sampler, ``(index, seed)``: then the seed alone decides every
     random draw, whichever worker makes the item. An index alone draws afresh in the train phase.
 
+    An item with a file that cannot be read is left out of a test set, with a warning. In the train phase, where all
+    files are checked before the start and looking at them again would take long, the next item takes its place.
+
     Raises UserError for missing or empty folders and for images without a partner.
     """
 
@@ -29,19 +37,30 @@ class DatasetBase(Dataset[dict[str, Any]]):
         self.is_train = dataset_opt.phase == "train"
         self.files, problems = list_files(dataset_opt)
         raise_problems(problems, dataset_opt.phase)
+        self._replaced: set[Files] = set()
+        if not self.is_train:
+            self.files = leave_out_unreadable(self.files, dataset_opt.phase, dataset_opt.n_channels)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
-        if isinstance(key, tuple):
-            index, rng = key[0], np.random.default_rng(key[1])
-        else:
-            index, rng = key, np.random.default_rng(None if self.is_train else (self.opt.seed, key))
-        files = self.files[index]
-        images = self.make_images(files, rng)
-        tensors = {name: single2tensor3(img) for name, img in images.items()}
-        return {**tensors, "L_path": files.L or files.H, "H_path": files.H}
+        seed: Any = None if self.is_train else (self.opt.seed, key)
+        index, seed = key if isinstance(key, tuple) else (key, seed)
+        for n in range(len(self)):
+            files = self.files[(index + n) % len(self)]
+            try:
+                images = self.make_images(files, np.random.default_rng(seed))
+            except UserError as error:
+                if not self.is_train or n == len(self) - 1:
+                    raise
+                if files not in self._replaced:  # said once by each worker
+                    self._replaced.add(files)
+                    logger.warning("%s; the next image takes its place", error)
+                continue
+            tensors = {name: single2tensor3(img) for name, img in images.items()}
+            return {**tensors, "L_path": files.L or files.H, "H_path": files.H}
+        raise IndexError(key)
 
     @abstractmethod
     def make_images(self, files: Files, rng: np.random.Generator) -> dict[str, Array]:

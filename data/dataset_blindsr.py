@@ -7,20 +7,17 @@ import numpy as np
 from data.dataset_base import DatasetBase
 from data.files import Files
 from data.patches import random_window
-from utils import utils_blindsr, utils_realesrgan
-from utils.utils_blindsr import add_sharpening, degrade_bsrgan
-from utils.utils_image import Array, single2tensor3, uint2single
-from utils.utils_realesrgan import degrade_realesrgan
-
-_BSRGAN = {"bsrgan": utils_blindsr.KAIR, "bsrgan_light": utils_blindsr.SSL_FORK}
-_REALESRGAN = {"realesrgan": utils_realesrgan.REAL_ESRGAN, "realesrgan_light": utils_realesrgan.SSL_FORK}
+from utils.utils_degrade import degradation_of, sharpens_H
+from utils.utils_degrade_image import add_sharpening, apply
+from utils.utils_image import Array, uint2single
 
 
 class DatasetBlindSR(DatasetBase):
     """``blindsr``: a patch of H is flipped, rotated, then degraded; ``lq_patchsize`` keeps a random part of it.
 
     ``use_sharp`` makes L of the sharpened H. In KAIR's degradations that is then H itself; in Real-ESRGAN's, where some
-    losses compare with the one and some with the other, items have it as ``H_usm`` beside H.
+    losses compare with the one and some with the other, items have it as ``H_usm`` beside H. In the train phase with
+    ``degradation_device`` gpu items have no L: utils_degrade.Degrader makes it, and H_usm, and cuts.
     """
 
     def make_images(self, files: Files, rng: np.random.Generator) -> dict[str, Array]:
@@ -32,16 +29,13 @@ class DatasetBlindSR(DatasetBase):
             # KAIR's rule: faces stay upright
             images = self.augment(images, rng, (0, 4) if "face" in PurePath(files.H).name else range(8))
         images["H"] = sharp = np.ascontiguousarray(uint2single(images["H"]))
+        if self.is_train and opt.degradation_device == "gpu":
+            return images
         if opt.use_sharp:
             sharp = add_sharpening(sharp)
-        if opt.degradation_type in _BSRGAN:
-            L, images["H"] = degrade_bsrgan(sharp, opt.scale, rng, _BSRGAN[opt.degradation_type])
-        else:
-            batch = single2tensor3(sharp)[None]
-            batch = degrade_realesrgan(batch, opt.scale, rng, _REALESRGAN[opt.degradation_type])
-            L = batch[0].permute(1, 2, 0).numpy()
-            if opt.use_sharp:
-                images["H_usm"] = sharp
+            images["H" if sharpens_H(opt.degradation_type) else "H_usm"] = sharp
+        height, width, channels = sharp.shape
+        L = apply(sharp, degradation_of(opt)((height, width, channels), opt.scale, rng), rng)
         if self.is_train and opt.lq_patchsize:
             window = random_window(L.shape, opt.lq_patchsize, rng)
             L = window.cut(L)

@@ -1,18 +1,25 @@
-"""Which files belong together: an image H, its low-quality partner L and its edge mask, paired by name."""
+"""Which files belong together: an image H, its low-quality partners L and its edge mask, paired by name."""
 
+import csv
+import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import PurePath
+from itertools import combinations
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from utils.utils_error import UserError
-from utils.utils_image import get_image_paths, get_mask_paths
+from utils.utils_image import IMAGE_SUFFIXES, get_image_paths, get_mask_paths
+from utils.utils_metrics import METRICS
 from utils.utils_option import DatasetOptions
 
 
 class Files(NamedTuple):
-    """One item of a data set: the path of H and of what was found for it, None where the data set needs none."""
+    """One item of a data set: the path of H and of what was found for it, None where the data set needs none.
+
+    Of two ranked results H is the better and L the worse.
+    """
 
     H: str
     L: str | None
@@ -22,8 +29,12 @@ class Files(NamedTuple):
 def list_files(opt: DatasetOptions) -> tuple[list[Files], list[str]]:
     """The items of a data set in the order of H, and a line for every image that lacks a partner.
 
+    An H with several L (:func:`group_versions`) makes as many items.
+
     Raises UserError for a folder that is not named, is missing or is empty.
     """
+    if opt.dataset_type == "rank":
+        return _list_ranked(opt)
     kind = opt.dataset_type.removesuffix("mask")
     if not opt.dataroot_H:
         raise UserError(f"datasets.{opt.phase}.dataroot_H is not set: name the folder of ground-truth images")
@@ -33,14 +44,34 @@ def list_files(opt: DatasetOptions) -> tuple[list[Files], list[str]]:
     L_paths = get_image_paths(opt.dataroot_L) if kind != "blindsr" else []
     mask_paths = get_mask_paths(opt.dataroot_H_mask) if opt.dataset_type.endswith("mask") else []
     problems: list[str] = []
-    Ls = _partners(H_paths, L_paths, opt.scale, "image in dataroot_L", problems)
+    versions = group_versions(H_paths, L_paths, opt.scale)
+    Ls = _partners(H_paths, list(versions), opt.scale, "image in dataroot_L", problems)
     masks = _partners(H_paths, mask_paths, opt.scale, "mask in dataroot_H_mask", problems)
     complete = [
-        Files(H, L, mask)
+        Files(H, version, mask)
         for H, L, mask in zip(H_paths, Ls, masks, strict=True)
         if (L or not L_paths) and (mask or not mask_paths)
+        for version in (versions[L] if L else [None])
     ]
     return complete, problems
+
+
+def group_versions(H_paths: Sequence[str], L_paths: Sequence[str], scale: int) -> dict[str, list[str]]:
+    """Several L of one H: ``0801+00.png``, ``0801+01.png``, ... stand together under ``0801.png``.
+
+    The names are cut at the first "+", as those of the SSL paper's blind test sets, but only where that gives the name
+    of an H and the whole name is none. All other paths stand alone, under themselves.
+    """
+    stems = {_bare_stem(PurePath(H).stem, scale) for H in H_paths}
+    versions = defaultdict(list)
+    for path in L_paths:
+        name = PurePath(path)
+        H_stem = name.stem.split("+", 1)[0]
+        is_version = (
+            "+" in name.stem and _bare_stem(H_stem, scale) in stems and _bare_stem(name.stem, scale) not in stems
+        )
+        versions[str(name.with_name(f"{H_stem}.png")) if is_version else path].append(path)
+    return dict(versions)
 
 
 def _partners(
@@ -93,10 +124,75 @@ def _common_folders(path: str, other: str) -> int:
     return common
 
 
+# ------------------------------------------------------------------------------------------- ranked results of a scene
+
+_Ranked = list[tuple[float, str]]  # the results of one scene: how bad each is, and its path, the best first
+
+
+def _list_ranked(opt: DatasetOptions) -> tuple[list[Files], list[str]]:
+    """Every two results of one scene that differ in quality, and a line for every image that is not there."""
+    problems: list[str] = []
+    scenes = _ranked_by_table(opt, problems) if opt.rank_csv else _ranked_by_folder(opt, problems)
+    pairs = [(one, other) for ranked in scenes for one, other in combinations(ranked, 2) if one[0] < other[0]]
+    if not pairs and not problems:
+        raise UserError(f"{opt.rank_csv}: no image has results of two models that differ in {opt.rank_metric}")
+    return [Files(better, worse, None) for (_, better), (_, worse) in pairs], problems
+
+
+def _ranked_by_folder(opt: DatasetOptions, problems: list[str]) -> list[_Ranked]:
+    """The order of the folders is each scene's."""
+    first, *others = opt.dataroot_ranked or []
+    best = get_image_paths(first)
+    found = [_partners(best, get_image_paths(folder), opt.scale, f"image in {folder}", problems) for folder in others]
+    scenes = [[path for path in scene if path] for scene in zip(best, *found, strict=True)]
+    return [[*enumerate(scene)] for scene in scenes if len(scene) > len(others)]
+
+
+def _ranked_by_table(opt: DatasetOptions, problems: list[str]) -> list[_Ranked]:
+    """The order of a metric is each scene's; a row without a value has no place in it.
+
+    Raises UserError for a table that cannot be read, lacks a column or has a value that is no number.
+    """
+    table, column, more_is_better = Path(opt.rank_csv or ""), opt.rank_metric, opt.rank_higher_better
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{table}: cannot be read as a CSV file ({error})") from error
+    if absent := [name for name in ("image", "model", column) if rows and name not in rows[0]]:
+        raise UserError(f"{table}: has no column {absent[0]}; it has {', '.join(filter(None, rows[0]))}")
+    if more_is_better is None:
+        if column not in METRICS:
+            raise UserError(f"datasets.{opt.phase}.rank_higher_better: is required for {column}: is more of it better?")
+        more_is_better = METRICS[column].higher_better
+    scenes: dict[tuple[str, str], _Ranked] = defaultdict(list)
+    for row in rows:
+        image, model, value, set_name = row["image"], row["model"], row[column], row.get("set") or ""
+        folder = table.parent / (model or "") / set_name
+        if not (image and model and value and folder.is_dir()):  # main_test.py measures bicubic, but saves no images
+            continue
+        path = folder / (image if image.lower().endswith(IMAGE_SUFFIXES) else f"{image}.png")
+        if not path.is_file():
+            problems.append(f"{path}: is not there, but in {table}")
+            continue
+        try:
+            badness = -float(value) if more_is_better else float(value)
+        except ValueError:
+            badness = math.nan
+        if math.isnan(badness):
+            raise UserError(f"{table}: {column} of {image} by {model} is {value!r}, not a number")
+        scenes[set_name, image].append((badness, str(path)))
+    return [sorted(ranked) for ranked in scenes.values()]
+
+
 def raise_problems(problems: Sequence[str], phase: str) -> None:
     """Raise one UserError that counts ``problems`` and quotes the first five; return where there are none."""
-    if not problems:
-        return
+    if problems:
+        raise UserError(quote(problems, phase))
+
+
+def quote(problems: Sequence[str], phase: str) -> str:
+    """One line: how many there are, and the first five."""
     more = f"; ... and {len(problems) - 5} more" if len(problems) > 5 else ""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    raise UserError(f"{count} with the {phase} images: {'; '.join(problems[:5])}{more}")
+    return f"{count} with the {phase} images: {'; '.join(problems[:5])}{more}"

@@ -6,6 +6,7 @@ from torch.utils.data import Dataset
 
 from data.dataset_blindsr import DatasetBlindSR
 from data.dataset_l import DatasetL
+from data.dataset_rank import DatasetRank
 from data.dataset_sr import DatasetSR
 from utils.utils_error import UserError
 from utils.utils_option import DatasetOptions
@@ -23,6 +24,8 @@ def define_Dataset(dataset_opt: DatasetOptions) -> Dataset[dict[str, Any]]:
         return DatasetBlindSR(dataset_opt)
     if dataset_type == "l":
         return DatasetL(dataset_opt)
+    if dataset_type == "rank":
+        return DatasetRank(dataset_opt)
     raise UserError(
         f"datasets.{dataset_opt.phase}.dataset_type: there is no data set {dataset_type!r}; take sr or blindsr"
     )

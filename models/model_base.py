@@ -1,4 +1,4 @@
-"""What every model shares: its networks, their files, pixel-fidelity losses, EMA, one optimizer step."""
+"""What every model shares: its networks, their files, one optimizer step; and a generator, its EMA, its losses."""
 
 import copy
 import logging
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from models.loss import PerceptualLoss, pixel_loss
+from models.loss import LPIPSLoss, PerceptualLoss, pixel_loss
 from models.loss_systems import RankLoss, artifact_loss, back_projection_loss, best_buddy_loss
 from models.network_spsr import GradientMap, SPSROutput
 from models.select_network import define_G, define_R
@@ -33,14 +33,14 @@ def image_of(output: Tensor | SPSROutput) -> Tensor:
 
 def _side(name: str) -> str:
     """Whose training options a network has: D's each discriminator, D_grad too, G's the generator and its average."""
-    return "D" if name.startswith("D") else "G"
+    return "G" if name == "E" else name[0]
 
 
 class ModelBase:
-    """A generator ``netG``, its moving average ``netE``, and the losses that compare its output with the ground truth.
+    """Networks that are trained: their optimizers and learning rates, their files, one step of one of them.
 
-    A model adds ``optimize_parameters(current_step)``, one training step, and, for another network, its name to
-    ``networks`` and ``optimizers``: these two decide what is saved as ``{iter}_{name}.pth``.
+    A model adds its networks (:meth:`add_network`), takes a batch (``feed_data(data)``) and makes a training step of it
+    (``optimize_parameters(current_step)``). All ``networks`` and ``optimizers`` are saved, as ``{iter}_{name}.pth``.
     """
 
     def __init__(self, opt: Options, device: torch.device) -> None:
@@ -51,6 +51,179 @@ class ModelBase:
         self.networks: dict[str, nn.Module] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
 
+        # Of the losses in half precision, which would vanish; elsewhere it does nothing.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=opt.train.precision == "fp16")
+
+    # ------------------------------------------------------------------------------------------------------ building
+
+    def add_network(self, name: str, network: nn.Module, pretrained: str | None, strict: bool) -> nn.Module:
+        """Register a trained network with its optimizer: on the device, loaded, wrapped for several processes."""
+        if pretrained:
+            load_network(pretrained, network, strict)
+        # Convolutions give what their weights' layout is: the images need not be turned.
+        layout = torch.channels_last if self.opt.train.channels_last else torch.preserve_format
+        network = network.to(self.device).to(memory_format=layout)
+        self.optimizers[name] = self._optimizer(name, network.parameters())
+        if utils_dist.world_size() > 1:
+            # Buffers (spectral norm, batch statistics) stay each process's own: a broadcast in the middle of a step
+            # would change in place what the other forward pass of the discriminator still needs.
+            network = DistributedDataParallel(
+                network, device_ids=[self.device] if self.device.type == "cuda" else None, broadcast_buffers=False
+            )
+        self.networks[name] = network
+        return network
+
+    def _optimizer(self, name: str, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        train, side = self.opt.train, _side(name)
+        kind = torch.optim.AdamW if train[f"{side}_optimizer_type"] == "adamw" else torch.optim.Adam
+        first, second = train[f"{side}_optimizer_betas"]
+        return kind(
+            [p for p in parameters if p.requires_grad],
+            lr=train[f"{side}_optimizer_lr"],
+            betas=(first, second),
+            weight_decay=train[f"{side}_optimizer_wd"],
+        )
+
+    # --------------------------------------------------------------------------------------------------- checkpoints
+
+    def files(self, folder: Path, step: int) -> dict[str, Path]:
+        """The files of one checkpoint, by what they hold: G, E, D and optimizerG, optimizerD; SPSR's D_grad."""
+        names = [*self.networks, *(f"optimizer{name}" for name in self.optimizers)]
+        return {name: folder / f"{step}_{name}.pth" for name in names}
+
+    def save(self, folder: Path, step: int) -> None:
+        """Write all files of a checkpoint, each of them atomically.
+
+        Raises:
+            UserError: weights are NaN, infinite or so large that the output is; nothing is written then.
+        """
+        for name in self.networks:
+            if not self._is_sound(name):
+                raise UserError(
+                    f"step {step}: weights or output of net{name} are not finite, this step is not saved; lower "
+                    f"train.{_side(name)}_optimizer_lr, then start again to go on from the last checkpoint"
+                )
+        for name, path in self.files(folder, step).items():
+            if name in self.networks:
+                save_network(self.networks[name], path)
+            else:
+                state: dict[str, Any] = dict(self.optimizers[name.removeprefix("optimizer")].state_dict())
+                if self.scaler.is_enabled():
+                    state["scaler"] = self.scaler.state_dict()
+                save_atomically(state, path)
+
+    def _is_sound(self, name: str) -> bool:
+        """Whether a network can be used: all its weights are finite."""
+        return all(bool(p.isfinite().all()) for p in unwrap(self.networks[name]).parameters())
+
+    def load(self, folder: Path, step: int) -> None:
+        """Go on from a checkpoint of :meth:`save`."""
+        for name, path in self.files(folder, step).items():
+            if name in self.networks:
+                load_network(path, self.networks[name], strict=True)
+                continue
+            optimizer = self.optimizers[name.removeprefix("optimizer")]
+            settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            try:
+                state = load_checkpoint_file(path)
+                scaler = state.pop("scaler", None)  # of the same run in another precision: none, or of no use
+                if scaler and self.scaler.is_enabled():
+                    self.scaler.load_state_dict(scaler)
+                optimizer.load_state_dict(state)
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path}: does not fit this run's optimizer ({error}); use another task") from error
+            # Only the moments come from the file: betas and weight decay are what the options say now.
+            for group, own in zip(optimizer.param_groups, settings, strict=True):
+                group.update(own)
+
+    # ------------------------------------------------------------------------------------------------------ training
+
+    def feed_data(self, data: dict[str, Any]) -> None:
+        """Take a batch; each kind of model's own."""
+        raise NotImplementedError
+
+    def optimize_parameters(self, current_step: int) -> None:
+        """One training step; each model's own."""
+        raise NotImplementedError
+
+    def descend(self, name: str, terms: dict[str, Tensor], current_step: int) -> None:
+        """Backward through the sum of the terms and step the optimizer of one network, unless a number is not finite.
+
+        Raises:
+            UserError: a loss or the gradient is NaN or infinite; the weights are left as they were.
+        """
+        self.optimizers[name].zero_grad(set_to_none=True)
+        self.backward(terms)
+        self.update(name, {**terms, **self.shown}, current_step)
+
+    def backward(self, terms: dict[str, Tensor]) -> None:
+        """Add the gradient of the sum of the terms to what is there."""
+        self.scaler.scale(torch.stack(list(terms.values())).sum()).backward()
+
+    def update(self, name: str, shown: dict[str, Tensor], current_step: int) -> None:
+        """Step the optimizer of one network by the gradients that are there, and log ``shown`` with their norm.
+
+        Raises:
+            UserError: as :meth:`descend`.
+        """
+        network, optimizer = self.networks[name], self.optimizers[name]
+        self.scaler.unscale_(optimizer)
+        clip = self.opt.train[f"{_side(name)}_optimizer_clipgrad"] or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
+        # One host synchronisation a step buys that no broken update is ever applied, let alone saved.
+        named = {**shown, f"{name}_grad": norm}
+        self.shown = {}
+        values = torch.stack([v.detach().float() for v in named.values()]).tolist()
+        self.log.update(zip(named, values, strict=True))
+        # A gradient beyond half precision makes the scaler leave this step out and halve its factor, which helps once.
+        overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        for term, value in zip(named, values, strict=True):
+            if not math.isfinite(value) and not (overflow and term == f"{name}_grad"):
+                raise UserError(
+                    f"step {current_step}: {term} is {value}, training stops before it spoils the weights; lower "
+                    f"train.{_side(name)}_optimizer_lr or set train.{_side(name)}_optimizer_clipgrad, then start again "
+                    f"to resume"
+                )
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def update_learning_rate(self, current_step: int) -> None:
+        """Set the learning rates of this step, in closed form."""
+        for name, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = self._learning_rate(_side(name), current_step)
+
+    def _learning_rate(self, side: str, step: int) -> float:
+        """Halved (gamma) from each milestone on, as KAIR does; G's may warm up first and follow a cosine instead."""
+        train = self.opt.train
+        rate: float = train[f"{side}_optimizer_lr"]
+        if side == "G" and step < train.G_scheduler_warmup:
+            return rate * step / train.G_scheduler_warmup
+        if side == "G" and train.G_scheduler_type == "CosineAnnealingLR":
+            assert train.iterations is not None  # the options have been checked
+            passed = (step - train.G_scheduler_warmup) / (train.iterations - train.G_scheduler_warmup)
+            return train.G_scheduler_eta_min + (rate - train.G_scheduler_eta_min) * (1 + math.cos(math.pi * passed)) / 2
+        return rate * train[f"{side}_scheduler_gamma"] ** sum(step >= m for m in train[f"{side}_scheduler_milestones"])
+
+    def current_learning_rate(self) -> float:
+        """The learning rate of the first network, netG in all models that have one."""
+        return next(iter(self.optimizers.values())).param_groups[0]["lr"]
+
+    def current_log(self) -> dict[str, float]:
+        """The weighted losses and gradient norms of the last step, by name."""
+        return dict(self.log)
+
+    def describe(self) -> str:
+        """One line: the networks and their sizes."""
+        sizes = {name: sum(p.numel() for p in net.parameters()) for name, net in self.networks.items() if name != "E"}
+        return ", ".join(f"net{name} {type(unwrap(self.networks[name])).__name__} {n:,}" for name, n in sizes.items())
+
+
+class ModelSR(ModelBase):
+    """A generator ``netG``, its moving average ``netE``, and the losses that compare E with the ground truth H."""
+
+    def __init__(self, opt: Options, device: torch.device) -> None:
+        super().__init__(opt, device)
         train = opt.train
         self.netG = self.add_network("G", define_G(opt), opt.path.pretrained_netG, train.G_param_strict)
         self.netE: nn.Module | None = None
@@ -71,6 +244,7 @@ class ModelBase:
                 train.F_use_range_norm,
                 opt.path.pretrained_netF,
             ).to(device)
+        self.lpips = LPIPSLoss(device) if train.lpips_weight > 0 else None
         self.gradient_map = GradientMap().to(device)
         self.rank: RankLoss | None = None
         if train.rank_weight > 0:
@@ -97,89 +271,23 @@ class ModelBase:
             except ValueError as error:
                 raise UserError(f"train.ssl_mode: {error}; use auto") from error
 
-    # ------------------------------------------------------------------------------------------------------ building
-
-    def add_network(self, name: str, network: nn.Module, pretrained: str | None, strict: bool) -> nn.Module:
-        """Register a trained network with its optimizer: on the device, loaded, wrapped for several processes."""
-        if pretrained:
-            load_network(pretrained, network, strict)
-        # Convolutions give what their weights' layout is: the images need not be turned.
-        layout = torch.channels_last if self.opt.train.channels_last else torch.preserve_format
-        network = network.to(self.device, memory_format=layout)
-        self.optimizers[name] = self._optimizer(name, network.parameters())
-        if utils_dist.world_size() > 1:
-            # Buffers (spectral norm, batch statistics) stay each process's own: a broadcast in the middle of a step
-            # would change in place what the other forward pass of the discriminator still needs.
-            network = DistributedDataParallel(
-                network, device_ids=[self.device] if self.device.type == "cuda" else None, broadcast_buffers=False
-            )
-        self.networks[name] = network
+    def generator(self, network: nn.Module, quick: bool = False) -> nn.Module:
+        """What makes E of L with a network of G's kind; with ``quick`` it need not be good. Here the network itself."""
         return network
-
-    def _optimizer(self, name: str, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        train, side = self.opt.train, _side(name)
-        kind = torch.optim.AdamW if train[f"{side}_optimizer_type"] == "adamw" else torch.optim.Adam
-        first, second = train[f"{side}_optimizer_betas"]
-        return kind(
-            [p for p in parameters if p.requires_grad],
-            lr=train[f"{side}_optimizer_lr"],
-            betas=(first, second),
-            weight_decay=train[f"{side}_optimizer_wd"],
-        )
-
-    # ---------------------------------------------------------------------------------------------------- checkpoints
-
-    def files(self, folder: Path, step: int) -> dict[str, Path]:
-        """The files of one checkpoint, by what they hold: G, E, D and optimizerG, optimizerD; SPSR's D_grad."""
-        names = [*self.networks, *(f"optimizer{name}" for name in self.optimizers)]
-        return {name: folder / f"{step}_{name}.pth" for name in names}
-
-    def save(self, folder: Path, step: int) -> None:
-        """Write all files of a checkpoint, each of them atomically.
-
-        Raises:
-            UserError: weights are NaN, infinite or so large that the output is; nothing is written then.
-        """
-        for name in self.networks:
-            if not self._is_sound(name):
-                raise UserError(
-                    f"step {step}: weights or output of net{name} are not finite, this step is not saved; lower "
-                    f"train.{_side(name)}_optimizer_lr, then start again to go on from the last checkpoint"
-                )
-        for name, path in self.files(folder, step).items():
-            if name in self.networks:
-                save_network(self.networks[name], path)
-            else:
-                save_atomically(self.optimizers[name.removeprefix("optimizer")].state_dict(), path)
 
     def _is_sound(self, name: str) -> bool:
         """Whether all weights are finite and, of a generator, what it makes of a grey square."""
-        network = unwrap(self.networks[name])
-        sound = all(bool(p.isfinite().all()) for p in network.parameters())
+        sound = super()._is_sound(name)
         if sound and _side(name) == "G":
+            network = unwrap(self.networks[name])
             was_training = network.training
             grey = torch.full((1, self.opt.n_channels, 16, 16), 0.5, device=self.device)
-            sound = bool(restore(network.eval(), grey, self.opt.scale).isfinite().all())
+            generator = self.generator(network.eval(), quick=True)
+            sound = bool(restore(generator, grey, self.opt.scale).isfinite().all())
             network.train(was_training)
         return sound
 
-    def load(self, folder: Path, step: int) -> None:
-        """Go on from a checkpoint of :meth:`save`."""
-        for name, path in self.files(folder, step).items():
-            if name in self.networks:
-                load_network(path, self.networks[name], strict=True)
-                continue
-            optimizer = self.optimizers[name.removeprefix("optimizer")]
-            settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-            try:
-                optimizer.load_state_dict(load_checkpoint_file(path))
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path}: does not fit this run's optimizer ({error}); use another task") from error
-            # Only the moments come from the file: betas and weight decay are what the options say now.
-            for group, own in zip(optimizer.param_groups, settings, strict=True):
-                group.update(own)
-
-    # ------------------------------------------------------------------------------------------------------- training
+    # ------------------------------------------------------------------------------------------------------ training
 
     def feed_data(self, data: dict[str, Any], need_H: bool = True) -> None:
         """Take a batch: ``L`` (N, C, h, w), ``H`` (N, C, h * scale, w * scale), RGB in [0, 1].
@@ -195,10 +303,6 @@ class ModelBase:
             self._gradient_H: Tensor | None = None
             self.mask: Tensor | None = data["mask"].to(self.device, non_blocking=True) if "mask" in data else None
 
-    def optimize_parameters(self, current_step: int) -> None:
-        """One training step; each model's own."""
-        raise NotImplementedError
-
     @property
     def gradient_H(self) -> Tensor:
         """The gradient map of the fed H, computed once for all that compare with it."""
@@ -213,6 +317,8 @@ class ModelBase:
             terms["G_loss"] = train.G_lossfn_weight * self.pixel(E, self.H_usm if train.l1_gt_usm else self.H)
         if self.perceptual is not None:
             terms["F_loss"] = train.F_lossfn_weight * self.perceptual(E, self.H_usm if train.percep_gt_usm else self.H)
+        if self.lpips is not None:
+            terms["lpips"] = train.lpips_weight * self.lpips(E, self.H)
         if train.gradient_weight > 0:
             terms["gradient"] = train.gradient_weight * F.mse_loss(self.gradient_map(E), self.gradient_H)
         if isinstance(output, SPSROutput):
@@ -232,31 +338,6 @@ class ModelBase:
             terms["ssl"], self.shown["ssl_l1"], self.shown["ssl_kl"] = self.ssl.parts(E, self.H, self.mask)
         return terms
 
-    def descend(self, name: str, terms: dict[str, Tensor], current_step: int) -> None:
-        """Backward through the sum of the terms and step the optimizer of one network, unless a number is not finite.
-
-        Raises:
-            UserError: a loss or the gradient is NaN or infinite; the weights are left as they were.
-        """
-        network, optimizer = self.networks[name], self.optimizers[name]
-        optimizer.zero_grad(set_to_none=True)
-        torch.stack(list(terms.values())).sum().backward()
-        clip = self.opt.train[f"{_side(name)}_optimizer_clipgrad"] or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
-        # One host synchronisation a step buys that no broken update is ever applied, let alone saved.
-        named = {**terms, **self.shown, f"{name}_grad": norm}
-        self.shown = {}
-        values = torch.stack([v.detach().float() for v in named.values()]).tolist()
-        self.log.update(zip(named, values, strict=True))
-        for term, value in zip(named, values, strict=True):
-            if not math.isfinite(value):
-                raise UserError(
-                    f"step {current_step}: {term} is {value}, training stops before it spoils the weights; lower "
-                    f"train.{_side(name)}_optimizer_lr or set train.{_side(name)}_optimizer_clipgrad, then start again "
-                    f"to resume"
-                )
-        optimizer.step()
-
     @torch.no_grad()
     def update_E(self) -> None:
         """Move netE's parameters towards netG's by 1 - E_decay; running statistics are averages already: copied."""
@@ -268,30 +349,14 @@ class ModelBase:
             for mine, theirs in zip(self.netE.buffers(), netG.buffers(), strict=True):
                 mine.copy_(theirs)
 
-    def update_learning_rate(self, current_step: int) -> None:
-        """Set the learning rates of this step: halved (gamma) from each milestone on, in closed form as KAIR does."""
-        train = self.opt.train
-        for name, optimizer in self.optimizers.items():
-            side = _side(name)
-            passed = sum(current_step >= m for m in train[f"{side}_scheduler_milestones"])
-            for group in optimizer.param_groups:
-                group["lr"] = train[f"{side}_optimizer_lr"] * train[f"{side}_scheduler_gamma"] ** passed
-
-    def current_learning_rate(self) -> float:
-        """The generator's learning rate."""
-        return self.optimizers["G"].param_groups[0]["lr"]
-
-    def current_log(self) -> dict[str, float]:
-        """The weighted losses and gradient norms of the last step, by name."""
-        return dict(self.log)
-
-    # ----------------------------------------------------------------------------------------------------- validation
+    # ---------------------------------------------------------------------------------------------------- validation
 
     def test(self) -> None:
         """Restore the fed L with the averaged generator, or with netG where there is no average, into ``self.E``."""
         network = self.netE if self.netE is not None else unwrap(self.netG)
         network.eval()
-        self.E = restore(network, self.L, self.opt.scale, self.opt.test.tile, self.opt.test.tile_overlap)
+        generator = self.generator(network)
+        self.E = restore(generator, self.L, self.opt.scale, self.opt.test.tile, self.opt.test.tile_overlap)
         if network is not self.netE:
             network.train()
 
@@ -299,8 +364,3 @@ class ModelBase:
         """The first image of the fed batch, its estimate, and H where it was fed; (C, H, W) on the CPU."""
         shown = {"L": self.L, "E": self.E} | ({"H": self.H} if self.has_H else {})
         return {name: images[0].float().cpu() for name, images in shown.items()}
-
-    def describe(self) -> str:
-        """One line: the networks and their sizes."""
-        sizes = {name: sum(p.numel() for p in net.parameters()) for name, net in self.networks.items() if name != "E"}
-        return ", ".join(f"net{name} {type(unwrap(self.networks[name])).__name__} {n:,}" for name, n in sizes.items())

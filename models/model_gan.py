@@ -7,7 +7,7 @@ from torch import Tensor
 
 from models.loss import GANLoss
 from models.loss_systems import flat_mask
-from models.model_base import ModelBase, image_of
+from models.model_base import ModelSR, image_of
 from models.select_network import define_D
 from utils.utils_checkpoint import unwrap
 from utils.utils_option import Options
@@ -21,7 +21,7 @@ class Contest(NamedTuple):
     fake: Tensor  # with the generator's gradient, where this is its step
 
 
-class ModelGAN(ModelBase):
+class ModelGAN(ModelSR):
     """A generator against a discriminator on images; a subclass may add others to :meth:`contests`."""
 
     def __init__(self, opt: Options, device: torch.device) -> None:

@@ -1,9 +1,9 @@
 """PSNR-oriented training: pixel losses, and the self-similarity or perceptual loss where they are asked for."""
 
-from models.model_base import ModelBase, image_of
+from models.model_base import ModelSR, image_of
 
 
-class ModelPlain(ModelBase):
+class ModelPlain(ModelSR):
     """One generator, trained against the ground truth."""
 
     def optimize_parameters(self, current_step: int) -> None:

@@ -17,8 +17,8 @@ def infer_netG(state_dict: Weights, scale: int | None = None) -> dict[str, Any]:
     """Options for ``define_G`` of the network whose weights these are.
 
     Known are RRDBNet in the layouts of BasicSR (also with the pixel-unshuffle of scales 2 and 1), BSRGAN and old
-    ESRGAN, KAIR's RRDB, SPSRNet, MSRResNet in those of BasicSR and KAIR, RankSRGAN's SRResNet, SRVGGNetCompact, SwinIR
-    and ELAN; any other that spandrel knows is left to it, where it is installed: net_type spandrel.
+    ESRGAN, KAIR's RRDB, SPSRNet, MSRResNet in those of BasicSR and KAIR, RankSRGAN's SRResNet, SRVGGNetCompact, SwinIR,
+    ELAN and ResShift's U-Net; any other that spandrel knows is left to it, where it is installed: net_type spandrel.
 
     Args:
         state_dict: bare weights by name, as ``utils_checkpoint.load_state_dict`` returns them.
@@ -234,6 +234,51 @@ def _elan(weights: Weights) -> _Found:
     return [math.isqrt(len(weights["tail.0.weight"]) // channels)], channels, options
 
 
+def _resshift(weights: Weights) -> _Found:
+    channels, features = len(weights["out.2.weight"]), len(weights["input_blocks.0.0.weight"])
+    widths, counts, windows, sides = [0], [0], {}, {}
+    for n in _numbers(weights, r"input_blocks\.(\d+)\.")[1:]:
+        if f"input_blocks.{n}.0.op.weight" in weights:
+            widths.append(0)
+            counts.append(0)
+            continue
+        level = len(widths) - 1
+        widths[level] = len(weights[f"input_blocks.{n}.0.out_layers.3.weight"])
+        counts[level] += 1
+        swin = f"input_blocks.{n}.1.blocks."
+        if f"{swin}0.attn.relative_position_index" in weights:
+            windows[level] = math.isqrt(len(weights[f"{swin}0.attn.relative_position_index"]))
+            mask = weights.get(f"{swin}1.attn_mask")  # absent where the level is one window
+            sides[level] = windows[level] * (1 if mask is None else math.isqrt(len(mask)))
+    swin = "middle_block.1.blocks."
+    last = len(widths) - 1
+    middle = math.isqrt(len(weights[f"{swin}0.attn.relative_position_index"]))
+    image_size = max([side << level for level, side in sides.items()] + [middle << last])
+    embed_dim = len(weights[f"{swin}0.norm1.weight"])
+    halvings = len(_numbers(weights, r"feature_extractor\.(\d+)\.op\."))
+    if 2**halvings > 4:
+        raise ValueError(f"L is {2**halvings} times as large as the latent of VQ-f4")
+    options = {
+        "net_type": "resshift_unet_swin",
+        "image_size": image_size,
+        "in_channels": channels,
+        "model_channels": features,
+        "out_channels": channels,
+        "attention_resolutions": [image_size >> level for level in windows],
+        "channel_mult": [width // features for width in widths],
+        "num_res_blocks": counts,
+        "num_head_channels": embed_dim // weights[f"{swin}0.attn.relative_position_bias_table"].shape[1],
+        "use_scale_shift_norm": len(weights["middle_block.0.emb_layers.1.weight"]) == 2 * widths[-1],
+        "swin_depth": _blocks(weights, re.escape(swin) + r"(\d+)\."),
+        "swin_embed_dim": embed_dim,
+        "window_size": max([*windows.values(), middle]),
+        "mlp_ratio": len(weights[f"{swin}0.mlp.fc1.weight"]) / embed_dim,
+        "cond_lq": weights["input_blocks.0.0.weight"].shape[1] > channels,
+        "lq_size": image_size << halvings,
+    }
+    return [4 >> halvings], 3, options  # VQ-f4 halves twice; the network's own pyramid comes instead of enlarging L
+
+
 def _has(*names: str) -> Callable[[Weights], bool]:
     return lambda weights: all(name in weights for name in names)
 
@@ -256,4 +301,5 @@ _LAYOUTS: list[tuple[Callable[[Weights], bool], Callable[[Weights], _Found]]] = 
         _swinir,
     ),
     (_has("body.0.modules_lfe.lfe_0.conv0.shift_conv.weight"), _elan),
+    (_has("input_blocks.0.0.weight", "middle_block.1.patch_embed.proj.weight"), _resshift),
 ]

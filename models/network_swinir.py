@@ -40,7 +40,7 @@ def extend(x: Tensor, height: int, width: int, repeat_edge: bool = False) -> Ten
     return x
 
 
-def _shift_masks(window: int, shift: int) -> Tensor:
+def shift_masks(window: int, shift: int) -> Tensor:
     """The four masks of shifted windows, ``(2, 2, window ** 2, window ** 2)``: [in the last row, in the last column].
 
     Rolling by ``shift`` brings pixels of the other end of the image into the last row and column of windows. There, and
@@ -52,14 +52,14 @@ def _shift_masks(window: int, shift: int) -> Tensor:
     return -100.0 * torch.stack((torch.zeros_like(rows), columns, rows, rows | columns)).unflatten(0, (2, 2))
 
 
-def _masks_of_windows(masks: Tensor, rows: int, columns: int) -> Tensor:
+def masks_of_windows(masks: Tensor, rows: int, columns: int) -> Tensor:
     """A mask for each window of an image of ``rows`` x ``columns`` of them, ``(rows * columns, N, N)``."""
     last_row = torch.arange(1, rows + 1, device=masks.device) // rows
     last_column = torch.arange(1, columns + 1, device=masks.device) // columns
     return masks[last_row[:, None], last_column].flatten(0, 1)
 
 
-class _WindowAttention(nn.Module):
+class WindowAttention(nn.Module):
     """Multi-head attention within windows, with a learnt bias for each relative position (section 3.2).
 
     ``(N, H, W, dim)`` and an optional mask for each window -> ``(N, H, W, dim)``; H and W divide by the window.
@@ -99,7 +99,7 @@ class _SwinBlock(nn.Module):
 
     Args:
         attn_mask: of a shifted block, the masks for ``img_size``. They are in published files, hence kept, but not
-            used: they are the same masks for one size as :func:`_masks_of_windows` makes for any.
+            used: they are the same masks for one size as :func:`masks_of_windows` makes for any.
     """
 
     attn_mask: Tensor | None
@@ -120,7 +120,7 @@ class _SwinBlock(nn.Module):
         self.register_buffer("attn_mask", attn_mask)
         hidden = int(dim * mlp_ratio)
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = _WindowAttention(dim, window, heads)
+        self.attn = WindowAttention(dim, window, heads)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(
             OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, dim)),
@@ -244,7 +244,7 @@ class SwinIR(nn.Module):
         self.upsampler = upsampler or ""
         self.padding = padding
         shift = window_size // 2 if img_size > window_size else 0
-        masks = _shift_masks(window_size, shift)
+        masks = shift_masks(window_size, shift)
         self.register_buffer("mean", colour_mean(in_chans), persistent=False)
         self.register_buffer("shift_masks", masks, persistent=False)
 
@@ -266,7 +266,7 @@ class SwinIR(nn.Module):
                         heads,
                         mlp_ratio,
                         drop_path_rate * (before + n) / max(sum(depths) - 1, 1),
-                        _masks_of_windows(masks, windows, windows) if shifted else None,
+                        masks_of_windows(masks, windows, windows) if shifted else None,
                     )
                 )
             before += depth
@@ -326,7 +326,7 @@ class SwinIR(nn.Module):
                 raise ValueError(f"ape takes padded inputs of {side} x {side} pixels only, got {height} x {width}")
             features = features + self.absolute_pos_embed.view(1, height, width, dim)
         # Made here once for all blocks, on the device, by looking up which of four masks a window needs.
-        mask = _masks_of_windows(self.shift_masks, height // self.window_size, width // self.window_size)
+        mask = masks_of_windows(self.shift_masks, height // self.window_size, width // self.window_size)
         for layer in self.layers:
             features = layer(features, mask)
         return self.norm(features).permute(0, 3, 1, 2)

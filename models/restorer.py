@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from torch import nn
 
 from models.network_infer import infer_netG
 from models.network_spandrel import load_spandrel
+from models.sampler import DiffusionSampler, define_sampler
 from models.select_network import define_G
 from utils.utils_checkpoint import load_network, load_state_dict
 from utils.utils_error import UserError
-from utils.utils_option import Options, strip_comments
+from utils.utils_option import Options, network_options, strip_comments
 from utils.utils_resume import saved_steps
 
 logger = logging.getLogger(__name__)
@@ -22,7 +24,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Restorer:
-    """A generator in ``eval`` mode with what it takes to use it; ``label`` names it in tables and folders."""
+    """A generator in ``eval`` mode with what it takes to use it; ``label`` names it in tables and folders.
+
+    Of a diffusion model ``netG`` is the sampler.
+    """
 
     label: str
     checkpoint: Path
@@ -59,7 +64,7 @@ def run_folder(checkpoint: Path) -> Path | None:
 
 
 def _saved_options(checkpoint: Path) -> dict[str, Any] | None:
-    """What ``define_G`` needs of the newest options that the checkpoint's run saved; None where it saved none."""
+    """What building the generator needs of the newest options that the checkpoint's run saved; None without any."""
     run = run_folder(checkpoint)
     files = sorted((run / "options").glob("*.json")) if run else []
     if not files:
@@ -67,6 +72,7 @@ def _saved_options(checkpoint: Path) -> dict[str, Any] | None:
     try:
         saved = json.loads(strip_comments(files[-1].read_text(encoding="utf-8")))
         picked = {name: saved[name] for name in ("scale", "n_channels", "netG")}
+        picked |= {name: saved[name] for name in ("diffusion", "autoencoder") if saved.get("diffusion")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{files[-1]}: these are not a run's options ({error!r}); give the network with --opt"
@@ -74,7 +80,32 @@ def _saved_options(checkpoint: Path) -> dict[str, Any] | None:
     return {**picked, "is_train": False}
 
 
-def load_restorer(spec: str, scale: int | None, param_key: str | None, device: torch.device) -> Restorer:
+# ResShift's published models: the steps they were trained with -> min_noise_level. Their weights say neither.
+_RESSHIFT = {15: 0.04, 4: 0.2}
+
+
+def _published_resshift(checkpoint: Path, steps: int | None) -> dict[str, Any]:
+    """What the weights of ResShift do not say: the process, and the autoencoder, which lies beside them."""
+    if steps not in _RESSHIFT:
+        raise UserError(
+            "ResShift's weights do not say with how many steps they were trained: give --steps 15 (v1, v2) or "
+            "--steps 4 (v3), or anything else with --opt options/test_resshift.json"
+        )
+    autoencoder = checkpoint.parent / "autoencoder_vq_f4.pth"
+    if not autoencoder.is_file():
+        raise UserError(
+            f"{autoencoder.name} must lie beside it, ResShift's autoencoder, or be named by autoencoder.path with "
+            "--opt options/test_resshift.json"
+        )
+    return {
+        "diffusion": {"type": "resshift", "steps": steps, "min_noise_level": _RESSHIFT[steps]},
+        "autoencoder": {"type": "vq", "path": str(autoencoder)},
+    }
+
+
+def load_restorer(
+    spec: str, scale: int | None, param_key: str | None, device: torch.device, steps: int | None = None
+) -> Restorer:
     """Load what ``spec`` names: a checkpoint file or a run's folder, perhaps with a label in front, ``label=PATH``.
 
     The network comes from the options that the run saved, or else is told from the weights' names and shapes.
@@ -82,6 +113,7 @@ def load_restorer(spec: str, scale: int | None, param_key: str | None, device: t
     Args:
         scale: must agree with the network, and decides where its weights leave the scale open.
         param_key: which weights of the file; see ``utils_checkpoint.load_state_dict``.
+        steps: tells which of ResShift's published processes bare weights were trained for.
 
     Raises:
         UserError: the checkpoint is missing, unreadable, of an unknown network, or of another scale.
@@ -94,6 +126,8 @@ def load_restorer(spec: str, scale: int | None, param_key: str | None, device: t
     if options is None:
         try:
             options = infer_netG(load_state_dict(checkpoint, param_key), scale)
+            if options["netG"]["net_type"] == "resshift_unet_swin":
+                options |= _published_resshift(checkpoint, steps)
         except UserError as error:
             prefix = "" if str(error).startswith(str(checkpoint)) else f"{checkpoint}: "
             raise UserError(f"{prefix}{error}") from error
@@ -122,7 +156,29 @@ def _load(
     if options["netG"]["net_type"] == "spandrel":  # whatever this checkpoint holds
         netG = load_spandrel(checkpoint, options["scale"], options["n_channels"], param_key)
     else:
-        netG = define_G(options)
+        opt = network_options(options) if isinstance(options, dict) else options
+        netG = define_G(opt)
         load_network(checkpoint, netG, param_key=param_key)
+        if opt.diffusion is not None:
+            netG = define_sampler(netG, opt)
     netG = netG.eval().requires_grad_(False).to(device)
     return Restorer(label, checkpoint, netG, options["scale"], options["n_channels"])
+
+
+def set_sampling(models: Iterable[Restorer], steps: int | None, seed: int | None) -> None:
+    """Give those models that sample another number of steps or another seed; None = as it was.
+
+    Raises:
+        UserError: none of them samples, or one has fewer steps.
+    """
+    if steps is None and seed is None:
+        return
+    samplers = [model for model in models if isinstance(model.netG, DiffusionSampler)]
+    if not samplers:
+        raise UserError("--steps, --seed: are for diffusion models, and none is given")
+    for model in samplers:
+        assert isinstance(model.netG, DiffusionSampler)
+        if steps is not None:
+            model.netG.timesteps = model.netG.process.timesteps(steps)
+        if seed is not None:
+            model.netG.seed = seed

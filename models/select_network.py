@@ -17,12 +17,17 @@ from models.network_discriminator import (
 from models.network_elan import ELAN
 from models.network_msrresnet import MSRResNet0, MSRResNet1
 from models.network_ranksrgan import RankerVGG12, RankSRGANSRResNet
+from models.network_resshift import UNetModelSwin
 from models.network_rrdb import RRDB
 from models.network_rrdbnet import RRDBNet, RRDBNetBasicSR
+from models.network_sd_lora import SDLoRA
 from models.network_spandrel import load_spandrel
 from models.network_spsr import SPSRNet
 from models.network_srvgg import SRVGGNetCompact
+from models.network_stablesr import StableSR
 from models.network_swinir import SwinIR
+from models.network_unet2d import UNet2D
+from models.stable_diffusion import load_stable_diffusion
 from utils.utils_error import UserError
 from utils.utils_option import Options, network_options, patch_size
 
@@ -99,6 +104,46 @@ def _generator(net: Any, scale: int) -> nn.Module:
                 net.img_range,
                 net.use_checkpoint,
             )
+        case "resshift_unet_swin":
+            return UNetModelSwin(
+                net.image_size,
+                net.in_channels,
+                net.model_channels,
+                net.out_channels,
+                net.attention_resolutions,
+                net.dropout,
+                net.channel_mult,
+                net.num_res_blocks,
+                net.num_head_channels,
+                net.use_scale_shift_norm,
+                net.swin_depth,
+                net.swin_embed_dim,
+                net.window_size,
+                net.mlp_ratio,
+                net.cond_lq,
+                net.lq_size,
+                net.mask_quirk,
+                net.use_checkpoint,
+            )
+        case "unet2d":
+            return UNet2D(
+                net.channels,
+                net.patch,
+                net.residual,
+                net.block_out_channels,
+                net.layers_per_block,
+                net.attention,
+                net.mid_attention,
+                net.attention_head_dim,
+                net.norm_num_groups,
+                net.use_checkpoint,
+            )
+        case "stablesr":
+            base = load_stable_diffusion(net.base, net.base_precision)
+            return StableSR(base, scale, net.model_channels, net.channel_mult, net.num_heads, net.use_checkpoint)
+        case "sd_lora":
+            base = load_stable_diffusion(net.base, net.base_precision)
+            return SDLoRA(base, scale, net.rank, net.alpha, net.target_modules, net.use_checkpoint)
         case unknown:
             raise UserError(f"netG.net_type: {unknown!r} is no generator of this project")
 

@@ -34,6 +34,8 @@ def options(**changes):
             "degradation_type": "bsrgan",
             "use_sharp": False,
             "shuffle_prob": 0.1,
+            "degradation_device": "cpu",
+            "camera_prob": 0.0,
             "mask_augment": True,
             "seed": 0,
             **changes,
@@ -294,9 +296,9 @@ def test_spawned_workers_give_what_the_main_process_gives(tmp_path):
 
 def test_a_sound_data_set_has_no_problems(folders):
     opt = options(dataset_type="srmask", dataroot_H=folders.H, dataroot_L=folders.L, dataroot_H_mask=folders.M)
-    assert find_problems(opt) == []
+    assert find_problems(opt) == ([], [])
     check_dataset(opt)
-    assert find_problems(options(phase="test", dataset_type="l", dataroot_L=folders.L)) == []
+    assert find_problems(options(phase="test", dataset_type="l", dataroot_L=folders.L)) == ([], [])
 
 
 def test_every_bad_image_is_listed_by_name_and_size(folders):
@@ -317,18 +319,82 @@ def test_every_bad_image_is_listed_by_name_and_size(folders):
         "alone.png": ": no image in dataroot_L",
         "ax4.png": " (20x14): not 1/4 of ",
         "small.png": " (90x20): smaller than H_size 32",
-        "zero.png": " is empty",
-        "bx4.png": " cannot be decoded",
         "c.mat": " (84x61): not the size of ",
     }.items():
-        assert sum(f"{name}{why}" in problem for problem in problems) == 1, (name, problems)
-    assert len(problems) == 6
-    with pytest.raises(UserError, match=r"^6 problems with the train images: .*; \.\.\. and 1 more$") as error:
+        assert sum(f"{name}{why}" in problem for problem in problems.wrong) == 1, (name, problems)
+    for name, why in {"zero.png": " is empty", "bx4.png": " cannot be decoded"}.items():
+        assert sum(f"{name}{why}" in problem for problem in problems.unreadable) == 1, (name, problems)
+    assert (len(problems.wrong), len(problems.unreadable)) == (4, 2)
+    with pytest.raises(UserError, match=r"^4 problems with the train images: .*") as error:
         check_dataset(opt)
     assert "\n" not in str(error.value)
 
 
 def test_small_images_are_fine_to_test_on(tmp_path):
     root = photos(tmp_path / "H", 1, 16, 24)
-    assert find_problems(options(phase="test", dataroot_H=root)) == []
-    assert len(find_problems(options(dataroot_H=root))) == 1
+    assert find_problems(options(phase="test", dataroot_H=root)).wrong == []
+    assert len(find_problems(options(dataroot_H=root)).wrong) == 1
+
+
+def damage(path):
+    encoded = path.read_bytes()
+    path.write_bytes(encoded[: len(encoded) // 2])
+
+
+def test_a_file_that_cannot_be_read_is_named_and_stops_no_training(tmp_path, caplog):
+    opt = options(dataroot_H=photos(tmp_path / "H"))
+    damage(tmp_path / "H/1.png")
+    dataset = define_Dataset(opt)
+    check_dataset(opt)
+    assert "1.png cannot be decoded" in caplog.text
+    replaced, expected = dataset[1, 5], dataset[2, 5]
+    assert replaced["H_path"].endswith("2.png")
+    assert torch.equal(replaced["L"], expected["L"])
+
+
+@pytest.mark.parametrize("dataset_type", ["sr", "l"])
+def test_a_file_that_cannot_be_read_is_named_and_left_out_of_a_test_set(tmp_path, caplog, dataset_type):
+    root = photos(tmp_path / "H")
+    opt = options(phase="test", dataset_type=dataset_type, dataroot_H=root, dataroot_L=root, scale=1)
+    damage(tmp_path / "H/1.png")
+    dataset = define_Dataset(opt)
+    assert [item["L_path"][-5:] for item in (dataset[0], dataset[1])] == ["0.png", "2.png"]
+    assert len(dataset) == 2
+    assert "1.png cannot be decoded" in caplog.text
+    caplog.clear()
+    check_dataset(opt)
+    assert caplog.text == ""
+
+
+def test_a_set_of_which_nothing_can_be_read_is_an_error(tmp_path):
+    opt = options(dataroot_H=photos(tmp_path / "H", 2))
+    for name in "01":
+        damage(tmp_path / f"H/{name}.png")
+    with pytest.raises(UserError, match=r"png cannot be decoded"):
+        define_Dataset(opt)[0, 0]
+    for phase in ("train", "test"):
+        with pytest.raises(UserError, match=f"^none of the {phase} images can be read: 2 problems"):
+            check_dataset(options(dataroot_H=str(tmp_path / "H"), phase=phase))
+    with pytest.raises(UserError, match="none of the test images can be read"):
+        define_Dataset(options(dataroot_H=str(tmp_path / "H"), phase="test"))
+
+
+def test_several_L_of_one_H_are_items_of_their_own(folders):
+    L = folders.path / "L"
+    for version in ("00", "01"):
+        (L / f"a+{version}.png").write_bytes((L / "ax4.png").read_bytes())
+    (L / "ax4.png").unlink()
+    dataset = define_Dataset(options(phase="test", dataroot_H=folders.H, dataroot_L=folders.L))
+    assert [(item.H[-5:], item.L[-8:]) for item in dataset.files][:2] == [("a.png", "a+00.png"), ("a.png", "a+01.png")]
+    assert len(dataset) == 4
+
+
+def test_a_plus_that_belongs_to_the_name_is_kept(folders):
+    for kind in "HL":
+        (folders.path / kind / "a+b.png").write_bytes((folders.path / "H" / "a.png").read_bytes())
+    (folders.path / "L" / "ax4.png").rename(folders.path / "L" / "a.png")
+    dataset = define_Dataset(options(phase="test", dataroot_H=folders.H, dataroot_L=folders.L))
+    assert [(item.H[-7:], item.L[-7:]) for item in dataset.files][:2] == [
+        ("a+b.png", "a+b.png"),
+        ("H/a.png", "L/a.png"),
+    ]

@@ -13,13 +13,27 @@ from torch.utils.data import DataLoader
 
 from data.select_dataset import define_Dataset
 from tests.conftest import photograph
+from utils import utils_degrade_batch as batched
+from utils import utils_degrade_steps as steps
 from utils import utils_realesrgan as realesrgan
-from utils.utils_blindsr import add_sharpening, anisotropic_gaussian
+from utils.utils_degrade_image import add_sharpening, apply
+from utils.utils_degrade_steps import Blur, Clip, Jpeg, Noise, Poisson, Resize
 from utils.utils_image import imsave, single2tensor3, uint2single, uint2tensor4
 from utils.utils_option import DatasetOptions
-from utils.utils_realesrgan import REAL_ESRGAN, SSL_FORK, degrade_realesrgan
+from utils.utils_realesrgan import REAL_ESRGAN, RESSHIFT, SSL_FORK, SSL_TEST, STABLE_SR, draw_realesrgan
 
-STRENGTHS = [REAL_ESRGAN, SSL_FORK]
+STRENGTHS = [REAL_ESRGAN, SSL_FORK, STABLE_SR, RESSHIFT, SSL_TEST]
+
+
+def degrade(img, sf, seed, strength):
+    """(H, W, C) to L."""
+    rng = np.random.default_rng(seed)
+    return apply(img, draw_realesrgan(img.shape, sf, rng, strength), rng)
+
+
+def plans(strength, n, size=64):
+    rng = np.random.default_rng(0)
+    return [draw_realesrgan((size, size, 3), 4, rng, strength) for _ in range(n)]
 
 
 @pytest.fixture(autouse=True)
@@ -48,10 +62,10 @@ def test_kernels_equal_basicsrs(golden):
     assert len(cases) == len(z.files)
     for name, case in cases.items():
         if case["function"] == "circular_lowpass_kernel":
-            kernel = realesrgan.low_pass_kernel(case["kernel_size"], case["cutoff"])
+            kernel = steps.low_pass_kernel(case["kernel_size"], case["cutoff"])
             kernel = np.pad(kernel, (len(z[name]) - len(kernel)) // 2)
         else:
-            shape = realesrgan.plateau if "plateau" in case["function"] else realesrgan.generalized_gaussian
+            shape = steps.plateau if "plateau" in case["function"] else steps.generalized_gaussian
             sigma_y, theta = (case["sig_x"], 0) if case["isotropic"] else (case["sig_y"], case["theta"])
             kernel = shape(case["kernel_size"], case["sig_x"], sigma_y, theta, case.get("beta", 1.0))
         np.testing.assert_allclose(kernel, z[name], atol=1e-14, err_msg=name)  # float64 rounding
@@ -61,9 +75,9 @@ def test_filter_equals_basicsrs(golden):
     z = np.load(golden / "image" / "usm_filter2d.npz")
     img = torch.from_numpy(z["filter_input"])
     # float32; ours goes by Fourier transform
-    single = realesrgan.filter2d(img, [z["kernel_single"][0]] * 2)
+    single = batched.filter2d(img, [z["kernel_single"][0]] * 2)
     np.testing.assert_allclose(single, z["filter2D_single"], atol=2e-6)
-    each = realesrgan.filter2d(img, list(z["kernel_per_image"]))
+    each = batched.filter2d(img, list(z["kernel_per_image"]))
     np.testing.assert_allclose(each, z["filter2D_per_image"], atol=2e-6)
 
 
@@ -71,7 +85,7 @@ def test_filter_equals_basicsrs(golden):
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_jpeg_equals_basicsrs(golden, name, quality):
     z = np.load(golden / "image" / "diffjpeg.npz")
-    ours = realesrgan.jpeg(uint2tensor4(z[f"image_{name}"]), np.array([float(quality)]))
+    ours = batched.jpeg(uint2tensor4(z[f"image_{name}"]), [quality], "diffjpeg")
     # float32; a coefficient half-way between two steps would differ by a step, in these images there is none
     np.testing.assert_allclose(ours, z[f"{name}/q{quality}/rounded"], atol=2e-6)
 
@@ -79,7 +93,7 @@ def test_jpeg_equals_basicsrs(golden, name, quality):
 def test_jpeg_with_a_quality_for_each_image_equals_basicsrs(golden):
     z = np.load(golden / "image" / "diffjpeg.npz")
     img = uint2tensor4(z["image_a"])
-    ours = realesrgan.jpeg(torch.cat([img, img.flip(-2)]), np.array([30.0, 95.0]))
+    ours = batched.jpeg(torch.cat([img, img.flip(-2)]), [30.0, 95.0], "diffjpeg")
     np.testing.assert_allclose(ours, z["batch/rounded"], atol=2e-6)  # as above
 
 
@@ -95,22 +109,21 @@ def test_sharpening_equals_basicsrs(golden, name, settings):
     sharp = add_sharpening(uint2single(z["image_uint8"]), **settings)
     # float32; the form for tensors sums in another order
     np.testing.assert_allclose(sharp, z[f"usm_numpy_{name}"], atol=3e-6)
-    np.testing.assert_allclose(sharp.transpose(2, 0, 1)[None], z[f"usm_torch_{name}"], atol=3e-6)
+    tensor = batched.sharpen(uint2tensor4(z["image_uint8"]), **settings)
+    np.testing.assert_allclose(tensor, z[f"usm_torch_{name}"], atol=3e-6)
 
 
 # ----------------------------------------------------------------------------------------------------------- kernels
 
 
 def test_the_generalized_gaussian_of_shape_1_is_the_gaussian():
-    kernel = realesrgan.generalized_gaussian(15, 2.0, 0.7, 0.4, 1.0)
-    np.testing.assert_array_equal(kernel, anisotropic_gaussian(15, 0.4, 2.0**2, 0.7**2))
+    kernel = steps.generalized_gaussian(15, 2.0, 0.7, 0.4, 1.0)
+    np.testing.assert_array_equal(kernel, steps.anisotropic_gaussian(15, 0.4, 2.0**2, 0.7**2))
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 3.0])
 def test_kernels_fall_with_the_distance_as_their_formulas_say(beta):
-    gaussian, plateau = (
-        shape(9, 1.5, 0.5, 0.0, beta) for shape in (realesrgan.generalized_gaussian, realesrgan.plateau)
-    )
+    gaussian, plateau = (shape(9, 1.5, 0.5, 0.0, beta) for shape in (steps.generalized_gaussian, steps.plateau))
     assert gaussian.sum() == pytest.approx(1)
     assert plateau.sum() == pytest.approx(1)
     # three pixels along x are 2 sigma: q = 4; one along y is 2 sigma too
@@ -121,7 +134,7 @@ def test_kernels_fall_with_the_distance_as_their_formulas_say(beta):
 
 @pytest.mark.parametrize("cutoff", [np.pi / 3, 2.0])
 def test_the_sinc_passes_what_is_below_its_cutoff(cutoff):
-    kernel = realesrgan.low_pass_kernel(41, cutoff)
+    kernel = steps.low_pass_kernel(41, cutoff)
     assert kernel.sum() == pytest.approx(1)
     response = np.abs(np.fft.fft2(kernel, (256, 256)))[0, :129]
     frequency = np.linspace(0, np.pi, 129)
@@ -140,7 +153,7 @@ def test_filter_is_scipys_with_a_mirrored_border_however_small_the_image(size, c
     img = rng.random((3, channels, *size), np.float32)
     kernels = [rng.random((k, k)) for k in (5, 1, 11)]  # not symmetric: turning them round shows
     kernels = [kernel / kernel.sum() for kernel in kernels]
-    ours = realesrgan.filter2d(torch.from_numpy(img), kernels)
+    ours = batched.filter2d(torch.from_numpy(img), kernels)
     for mine, original, kernel in zip(ours, img, kernels, strict=True):
         expected = [ndimage.correlate(plane, kernel, mode="mirror") for plane in original]
         np.testing.assert_allclose(mine, expected, atol=1e-6)  # float32
@@ -151,103 +164,118 @@ def test_jpeg_of_a_gray_image_is_opencvs():
     # the published table is transposed, so the image is too; quality 50 takes the tables as they are
     encoded = cv2.imencode(".jpg", img[..., 0].T, [cv2.IMWRITE_JPEG_QUALITY, 50])[1]
     decoded = cv2.imdecode(encoded, cv2.IMREAD_GRAYSCALE).T
-    ours = 255 * realesrgan.jpeg(uint2tensor4(img), np.array([50.0]))[0, 0].numpy()
+    ours = 255 * batched.jpeg(uint2tensor4(img), [50.0], "diffjpeg")[0, 0].numpy()
     inside = slice(0, 40), slice(0, 56)  # the last blocks are filled up, OpenCV repeats the edge there
     difference = np.abs(ours - decoded)[inside]
-    # libjpeg's integer transform and rounding: a level or two; other tables would give dozens
-    assert difference.max() < 2.5
+    # libjpeg's integer transform and rounding: a level or two, or a coefficient half-way between two steps that goes
+    # the other way; other tables would give dozens
+    assert difference.max() < 4
     assert difference.mean() < 0.5
 
 
 def test_jpeg_keeps_flat_colours_and_takes_gray_for_gray():
     flat = torch.tensor([0.9, 0.3, 0.5])[None, :, None, None].expand(1, 3, 32, 48)
     # at quality 90 the means of blocks are rounded to steps of 3 / 8 and 3.4 / 8 levels, colours mix them
-    np.testing.assert_allclose(realesrgan.jpeg(flat, np.array([90.0])), flat, atol=1.5 / 255)
+    np.testing.assert_allclose(batched.jpeg(flat, [90.0], "diffjpeg"), flat, atol=1.5 / 255)
     gray = photo(channels=1)
-    coloured = realesrgan.jpeg(gray.expand(-1, 3, -1, -1), np.array([70.0]))
+    coloured = batched.jpeg(gray.expand(-1, 3, -1, -1), [70.0], "diffjpeg")
     # float32, and the rows of the matrices sum to 1 and 0 within 1e-6
-    np.testing.assert_allclose(coloured, realesrgan.jpeg(gray, np.array([70.0])).expand(-1, 3, -1, -1), atol=1e-5)
+    np.testing.assert_allclose(coloured, batched.jpeg(gray, [70.0], "diffjpeg").expand(-1, 3, -1, -1), atol=1e-5)
 
 
 def test_lower_jpeg_quality_loses_more():
     img = photo().expand(4, -1, -1, -1)
-    loss = (realesrgan.jpeg(img, np.array([10.0, 40.0, 60.0, 95.0])) - img).square().mean(dim=(1, 2, 3))
+    loss = (batched.jpeg(img, [10.0, 40.0, 60.0, 95.0], "diffjpeg") - img).square().mean(dim=(1, 2, 3))
     assert loss.tolist() == sorted(loss.tolist(), reverse=True)
     assert loss[0] > 3 * loss[3]
 
 
 def test_gaussian_noise_has_the_strength_asked_for_and_is_gray_where_asked():
-    img = torch.zeros(3, 3, 100, 100)
-    noise = realesrgan.gaussian_noise(img, np.array([5.0, 10.0, 20.0]), np.array([True, False, True]), generator())
-    # 10,000 draws or more: the standard deviation is known to 1 %
-    np.testing.assert_allclose(255 * noise.std(dim=(1, 2, 3)), [5, 10, 20], rtol=0.04)
-    for image, is_gray in zip(noise, (True, False, True), strict=True):
+    img = torch.full((4, 3, 100, 100), 0.5)
+    mix = ((0.04, 0.02, 0.0), (0.0, 0.03, 0.0), (0.0, 0.0, 0.01))
+    asked = [Noise(5, "gray"), Noise(10, "colour"), Noise(20, "gray", speckle=True), Noise(9, "mixed", mix)]
+    noise = batched.add_gaussian_noise(img, asked, generator()) - img
+    # 10,000 draws or more: the standard deviation is known to 1 %; speckles are half as strong at half of white
+    np.testing.assert_allclose(255 * noise[:3].std(dim=(1, 2, 3)), [5, 10, 10], rtol=0.04)
+    for image, is_gray in zip(noise, (True, False, True, False), strict=True):
         assert torch.equal(image[0], image[1]) == is_gray
         assert torch.equal(image[0], image[2]) == is_gray
-    assert not torch.equal(noise[0] / 5, noise[2] / 20)  # a field of their own
+    assert not torch.equal(noise[0] / 5, noise[2] / 10)  # a field of their own
+    # 10,000 draws: a covariance of 1e-3 is known to 1e-5 sqrt(2)
+    np.testing.assert_allclose(torch.cov(noise[3].flatten(1)), np.array(mix).T @ np.array(mix), atol=1e-4)
+
+
+def poisson(img, scale, gray, photons=(None, None)):
+    asked = [Poisson(*values) for values in zip(scale, gray, photons, strict=True)]
+    return batched.add_poisson_noise(img, asked, generator()) - img
 
 
 def test_poisson_noise_counts_the_gray_levels_of_each_image():
     levels = torch.stack([torch.full((3, 120, 120), 51.0), torch.arange(120.0).repeat(3, 120, 1) % 5 + 100])
-    noise = realesrgan.poisson_noise(levels / 255, np.array([1.0, 0.5]), np.array([False, False]), generator())
+    noise = poisson(levels / 255, (0.25, 0.25), (False, False))
     # one level: one photon for white, so 0.2 expected here; five levels: eight photons
-    counts = noise[0] + 0.2
-    np.testing.assert_allclose(counts, counts.round(), atol=1e-6)
-    assert counts.max() >= 2
-    # the variance of 43,200 photon counts is known to about 1 % (a Poisson variable of mean 0.2: 2 %)
-    assert noise[0].var().item() == pytest.approx(0.2, rel=0.08)
-    assert noise[1].var().item() == pytest.approx(0.5**2 * 0.4 / 8, rel=0.05)
-    assert noise.mean(dim=(1, 2, 3)).abs().max() < 0.01  # no shift of brightness
+    counts = 4 * noise[0] + 0.2
+    seen = counts[counts < 3]  # beyond, the image is white
+    np.testing.assert_allclose(seen, seen.round(), atol=1e-5)
+    # the variance of 43,200 photon counts is known to about 2 % (mean 0.2)
+    assert 16 * noise[0].var().item() == pytest.approx(0.2, rel=0.1)
+    assert 16 * noise[1].var().item() == pytest.approx(0.4 / 8, rel=0.05)
+    assert noise.mean(dim=(1, 2, 3)).abs().max() < 0.005  # no shift of brightness
+    given = poisson(levels / 255, (1.0, 1.0), (False, False), (400.0, 100.0))
+    np.testing.assert_allclose(given.var(dim=(1, 2, 3)), [0.2 / 400, 0.4 / 100], rtol=0.05)
+
+
+def test_levels_beyond_the_image_are_not_counted():
+    img = torch.full((2, 3, 40, 40), 0.4)
+    img[0, :, :, 20:] = torch.linspace(0, 1, 20)  # what another image has left on the canvas
+    asked = [Poisson(0.1, False), Poisson(0.1, False)]
+    noise = batched.add_poisson_noise(img, asked, generator(), np.array([(40, 20), (40, 40)]))[0, :, :, :20] - 0.4
+    # one level, one photon: counts of whole photons above 0.4 expected ones
+    np.testing.assert_allclose(10 * noise + 0.4, (10 * noise + 0.4).round(), atol=1e-4)
 
 
 def test_gray_poisson_noise_is_that_of_the_luma():
-    img = torch.tensor([1.0, 0.0, 0.0])[None, :, None, None].expand(2, 3, 100, 100)
-    gray, coloured = realesrgan.poisson_noise(img, np.ones(2), np.array([True, False]), generator())
-    assert torch.equal(gray[0], gray[1])
-    assert torch.equal(gray[0], gray[2])
-    # one level of luma, round(0.2989 * 255) / 255: one photon for white; known to 2 %
-    assert gray.var().item() == pytest.approx(76 / 255, rel=0.1)
-    assert coloured[1:].abs().max() == 0  # no light, no noise
-    assert coloured[0].var().item() == pytest.approx(1 / 2, rel=0.1)  # levels 0 and 255: two photons
+    img = torch.tensor([0.3, 0.0, 0.0])[None, :, None, None].repeat(2, 1, 100, 100) + 0.25
+    gray, coloured = poisson(img, (0.05, 0.05), (True, False))
+    for channel in (1, 2):
+        np.testing.assert_allclose(gray[0], gray[channel], atol=1e-6)  # float32
+    # one level of luma, 0.25 + 0.3 * 0.2989 = 0.34: one photon for white; its variance of 10,000 is known to 3 %
+    assert 400 * gray.var().item() == pytest.approx(0.34, rel=0.12)
+    # levels 0.55 and 0.25: two photons
+    assert not torch.equal(coloured[1], coloured[2])
+    assert 400 * coloured[1].var().item() == pytest.approx(0.25 / 2, rel=0.12)
 
 
 # ------------------------------------------------------------------------------------------------- the random draws
 
 
-@pytest.mark.parametrize("order", [order for strength in STRENGTHS for order in (strength.first, strength.second)])
-def test_kernels_are_drawn_as_often_and_as_wide_as_the_figures_say(order, monkeypatch):
-    rng, seen = np.random.default_rng(0), []
-    for name in ("low_pass_kernel", "generalized_gaussian", "plateau"):
-        monkeypatch.setattr(realesrgan, name, lambda *values, name=name: seen.append((name, *values)))
-    draws = 3000
-    for _ in range(draws):
-        realesrgan.draw_kernel(rng, order)
-    sincs = [values for name, *values in seen if name == "low_pass_kernel"]
-    others = [(name, *values) for name, *values in seen if name != "low_pass_kernel"]
-    low, high = order.kernel_size
-    assert set(Counter(values[1] for values in seen)) == set(range(low, high + 1, 2))
+ORDERS = [order for strength in STRENGTHS for order in (strength.first, strength.second)]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_kernels_are_drawn_as_often_and_as_wide_as_the_figures_say(order):
+    rng, draws = np.random.default_rng(0), 3000
+    blurs = [realesrgan.draw_kernel(rng, order) for _ in range(draws)]
+    sincs = [blur for blur in blurs if blur.shape == "sinc"]
+    others = [blur for blur in blurs if blur.shape != "sinc"]
+    assert {blur.size for blur in blurs} == set(range(order.kernel_size[0], order.kernel_size[1] + 1, 2))
     # 3,000 draws: a share p is known to sqrt(p (1 - p) / 3000) < 0.009; four of these
     assert len(sincs) / draws == pytest.approx(order.sinc_prob, abs=0.025)
-    for size, cutoff in sincs:
-        assert (np.pi / 3 if size < 13 else np.pi / 5) <= cutoff <= np.pi
-    if order.kernel_size[1] >= 13:
-        assert min(cutoff for _, cutoff in sincs) < np.pi / 4
-    kinds, betas = Counter(), {1: [], 2: []}
-    for name, _, sigma_x, sigma_y, theta, beta in others:
-        shape = 2 if name == "plateau" else int(beta != 1)
-        kinds[2 * shape + (sigma_x != sigma_y)] += 1
-        assert order.blur_sigma[0] <= min(sigma_x, sigma_y) <= max(sigma_x, sigma_y) <= order.blur_sigma[1]
-        assert -np.pi <= theta <= np.pi
-        if shape:
-            betas[shape].append(beta)
-    shares = [kinds[kind] / len(others) for kind in range(6)]
-    np.testing.assert_allclose(shares, order.kernel_prob, atol=0.04)
-    for drawn, (smallest, largest) in ((betas[1], order.betag), (betas[2], order.betap)):
-        if drawn:  # some 400
-            assert smallest <= min(drawn) < smallest + 0.1
-            assert largest - 0.3 < max(drawn) <= largest
-    sigmas = [values[2] for values in others]
-    assert np.mean(sigmas) == pytest.approx(np.mean(order.blur_sigma), rel=0.05)
+    for sinc in sincs:
+        assert (np.pi / 3 if sinc.size < 13 else np.pi / 5) <= sinc.cutoff <= np.pi
+    if order.kernel_size[1] > 13:
+        assert min(sinc.cutoff for sinc in sincs) < np.pi / 4
+    shapes = ("gaussian", "generalized", "plateau")
+    kinds = Counter(2 * shapes.index(blur.shape) + (blur.sigma[0] != blur.sigma[1]) for blur in others)
+    np.testing.assert_allclose([kinds[kind] / len(others) for kind in range(6)], order.kernel_prob, atol=0.04)
+    for blur in others:
+        assert order.blur_sigma[0] <= min(blur.sigma) <= max(blur.sigma) <= order.blur_sigma[1]
+        assert -np.pi <= blur.theta <= np.pi
+    for shape, (smallest, largest) in (("generalized", order.betag), ("plateau", order.betap)):
+        if beta := [blur.beta for blur in others if blur.shape == shape]:  # some 400
+            assert smallest <= min(beta) < smallest + 0.1
+            assert largest - 0.3 < max(beta) <= largest
+    assert np.mean([blur.sigma[0] for blur in others]) == pytest.approx(np.mean(order.blur_sigma), rel=0.05)
 
 
 def test_half_of_the_shapes_are_below_1():
@@ -258,7 +286,7 @@ def test_half_of_the_shapes_are_below_1():
     assert beta.max() > 3.9
 
 
-@pytest.mark.parametrize("order", [order for strength in STRENGTHS for order in (strength.first, strength.second)])
+@pytest.mark.parametrize("order", ORDERS)
 def test_resize_factors_go_up_down_or_nowhere_as_often_as_the_figures_say(order):
     rng = np.random.default_rng(0)
     factors = np.array([realesrgan.draw_factor(rng, order) for _ in range(2000)])
@@ -270,45 +298,53 @@ def test_resize_factors_go_up_down_or_nowhere_as_often_as_the_figures_say(order)
 
 
 @pytest.mark.parametrize("strength", STRENGTHS)
-def test_branches_are_taken_as_often_as_the_figures_say(strength, monkeypatch):
-    runs, img = [], torch.full((1, 3, 16, 16), 0.5)
-
-    def unchanged(batch, name, *values):
-        runs[-1].append((name, *values))
-        return batch
-
-    for name in ("filter2d", "gaussian_noise", "poisson_noise", "jpeg"):
-        monkeypatch.setattr(realesrgan, name, lambda batch, *values, name=name: unchanged(batch, name, *values))
-    draws = 300
-    for seed in range(draws):
-        runs.append([])
-        degrade_realesrgan(img, 4, np.random.default_rng(seed), strength)
-    # 300 draws: a share is known to 0.03 at most; four of these
-    tolerance = 0.12
-    sincs, gray, noise_seeds = [], [], set()
-    second_blur = sinc_last = gaussian = 0
-    for run in runs:
-        names = [name for name, *_ in run]
-        second_blur += names.count("filter2d") == 3
-        sinc_last += names[-1] == "filter2d"
-        sincs.append(len(run[names.index("filter2d", len(names) - 2)][1][0]))
-        qualities = [values[0].item() for name, *values in run if name == "jpeg"]
-        for order, quality in zip((strength.first, strength.second), qualities, strict=True):
-            assert order.jpeg_quality[0] <= quality <= order.jpeg_quality[1]
-        noises = [(name, *values) for name, *values in run if name.endswith("noise")]
-        noise_seeds.add(noises[0][3].initial_seed())
-        for order, (name, level, is_gray, _) in zip((strength.first, strength.second), noises, strict=True):
-            smallest, largest = order.gaussian_sigma if name == "gaussian_noise" else order.poisson_scale
-            assert smallest <= level.item() <= largest
-            gray.append(is_gray.item())
-            gaussian += name == "gaussian_noise"
-    assert second_blur / draws == pytest.approx(strength.second.blur_prob, abs=tolerance)
-    assert sinc_last / draws == pytest.approx(0.5, abs=tolerance)
-    assert gaussian / (2 * draws) == pytest.approx(strength.first.gaussian_prob, abs=tolerance)
+def test_branches_are_taken_as_often_as_the_figures_say(strength):
+    draws = 800
+    # a share of 800 is known to 0.018 at most; four of these
+    tolerance = 0.072
+    second = second_blur = sinc = sinc_last = ended = 0
+    noises = []
+    for plan in plans(strength, draws):
+        kinds = [type(step) for step in plan]
+        assert kinds[0] is Blur  # always, in all figures
+        assert plan[-1] == Clip(strength.rounded)
+        n_noises = kinds.count(Noise) + kinds.count(Poisson)
+        second += n_noises == 2
+        jpegs = [i for i, kind in enumerate(kinds) if kind is Jpeg]
+        ended += len(jpegs) == 2
+        blurs = [i for i, kind in enumerate(kinds) if kind is Blur]
+        second_blur += n_noises == 2 and any(0 < i < kinds.index(Resize, jpegs[0]) for i in blurs)
+        if len(jpegs) == 2:
+            last_resize = max(i for i, kind in enumerate(kinds) if kind is Resize)
+            sinc += blurs[-1] > last_resize
+            sinc_last += last_resize > jpegs[1]
+        noises += [step for step in plan if isinstance(step, (Noise, Poisson))]
+        for i, order in zip(jpegs, (strength.first, strength.second), strict=False):
+            assert order.jpeg_quality[0] <= plan[i].quality <= order.jpeg_quality[1]
+            assert plan[i].codec == "diffjpeg"
+    assert second / draws == pytest.approx(strength.second_prob, abs=tolerance)
+    assert ended == (draws if strength.ends_always else second)
+    assert second_blur / second == pytest.approx(strength.second.blur_prob, abs=2 * tolerance)  # perhaps of 160 only
+    assert sinc / ended == pytest.approx(strength.sinc_prob, abs=2 * tolerance)
+    assert sinc_last / ended == pytest.approx(0.5, abs=2 * tolerance)
+    gaussian = [step for step in noises if isinstance(step, Noise)]
+    assert len(gaussian) / len(noises) == pytest.approx(strength.first.gaussian_prob, abs=tolerance)
+    gray = [step.gray if isinstance(step, Poisson) else step.kind == "gray" for step in noises]
     assert np.mean(gray) == pytest.approx(strength.first.gray_prob, abs=tolerance)
-    assert np.mean([size > 1 for size in sincs]) == pytest.approx(strength.sinc_prob, abs=tolerance)
-    assert len(noise_seeds) == draws
-    assert set(sincs) == {1, *range(strength.sinc_size[0], strength.sinc_size[1] + 1, 2)}
+    orders = strength.first, strength.second
+    assert min(o.gaussian_sigma[0] for o in orders) <= min(step.level for step in gaussian)
+    assert max(step.level for step in gaussian) <= max(o.gaussian_sigma[1] for o in orders)
+    scales = [step.scale for step in noises if isinstance(step, Poisson)]
+    assert 0.9 * strength.first.poisson_scale[1] < max(scales) <= max(o.poisson_scale[1] for o in orders)
+
+
+def test_without_the_second_round_the_test_images_are_resized_as_before():
+    skipped = [plan for plan in plans(SSL_TEST, 200) if sum(isinstance(step, Jpeg) for step in plan) == 1]
+    assert len(skipped) > 100
+    for plan in skipped:
+        first, last = (step for step in plan if isinstance(step, Resize))
+        assert (last.height, last.width) == (16, 16)
+        assert last.filter == first.filter
 
 
 # --------------------------------------------------------------------------------------------------------- the whole
@@ -318,54 +354,47 @@ def test_branches_are_taken_as_often_as_the_figures_say(strength, monkeypatch):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(("size", "sf"), [((64, 80), 4), ((51, 37), 4), ((40, 34), 2), ((33, 45), 3), ((8, 8), 4)])
 def test_L_is_an_8_bit_image_smaller_by_the_scale(size, sf, channels, strength):
-    img = photo(*size, channels=channels)
-    original = img.clone()
+    img = uint2single(photograph(*size, channels=channels))
+    original = img.copy()
     for seed in range(4):
-        L = degrade_realesrgan(img, sf, np.random.default_rng(seed), strength)
-        assert L.shape == (1, channels, size[0] // sf, size[1] // sf)
-        assert L.dtype == torch.float32
+        L = degrade(img, sf, seed, strength)
+        assert L.shape == (size[0] // sf, size[1] // sf, channels)
+        assert L.dtype == np.float32
         assert L.min() >= 0
         assert L.max() <= 1
-        np.testing.assert_allclose(L * 255, (L * 255).round(), atol=2e-5)  # float32
-    assert torch.equal(img, original)
+        if strength.rounded:
+            np.testing.assert_allclose(L * 255, (L * 255).round(), atol=2e-5)  # float32
+    np.testing.assert_array_equal(img, original)
+
+
+def test_stablesr_alone_does_not_round():
+    img = uint2single(photograph(64, 64))
+    assert not all(np.array_equal(x, x.round()) for x in (255 * degrade(img, 4, seed, STABLE_SR) for seed in range(4)))
 
 
 def test_the_seed_decides_the_result_whatever_the_number_of_threads():
-    img, results = photo(99, 77), []
+    img, results = uint2single(photograph(99, 77)), []
     for count in (1, 2):
         torch.set_num_threads(count)
-        results.append([degrade_realesrgan(img, 4, np.random.default_rng(seed), REAL_ESRGAN) for seed in range(3)])
+        results.append([degrade(img, 4, seed, REAL_ESRGAN) for seed in range(3)])
     for one, two in zip(*results, strict=True):
-        assert torch.equal(one, two)
-    assert not any(torch.equal(results[0][0], other) for other in results[0][1:])
-
-
-def test_images_of_a_batch_are_degraded_differently(monkeypatch):
-    original, kernels = realesrgan.filter2d, []
-    monkeypatch.setattr(realesrgan, "filter2d", lambda img, k: kernels.append(k) or original(img, k))
-    strength = replace(REAL_ESRGAN, second=replace(REAL_ESRGAN.second, blur_prob=1.0))
-    L = degrade_realesrgan(photo().expand(3, -1, -1, -1), 4, np.random.default_rng(0), strength)
-    assert L.shape == (3, 3, 12, 14)
-    assert not torch.equal(L[0], L[1])
-    assert not torch.equal(L[1], L[2])
-    assert [len(of_a_step) for of_a_step in kernels] == [3, 3, 3]
-    assert len({kernel.tobytes() for of_a_step in kernels[:2] for kernel in of_a_step}) == 6
+        np.testing.assert_array_equal(one, two)
+    assert not any(np.array_equal(results[0][0], other) for other in results[0][1:])
 
 
 def test_L_lies_where_H_does():
     # ramps in both directions: an image out of place is brighter or darker
     y, x = np.mgrid[:96, :80].astype(np.float32)
-    ramp = single2tensor3(np.dstack([0.1 + 0.8 * y / 95, 0.1 + 0.8 * x / 79, 0.5 + 0 * x]))[None]
+    ramp = np.dstack([0.1 + 0.8 * y / 95, 0.1 + 0.8 * x / 79, 0.5 + 0 * x])
     quiet = {"gaussian_sigma": (0, 0), "poisson_scale": (0, 0), "jpeg_quality": (99, 99)}
     resize = {"resize_prob": (0.4, 0.6, 0), "resize_range": (0.3, 1.5)}
     orders = (replace(order, **quiet, **resize) for order in (SSL_FORK.first, SSL_FORK.second))
     strength = replace(SSL_FORK, **dict(zip(("first", "second"), orders, strict=True)))
-    expected = torch.nn.functional.avg_pool2d(ramp, 4)
+    expected = cv2.resize(ramp, (20, 24), interpolation=cv2.INTER_AREA)
     displacements = []
     for seed in range(40):
-        L = degrade_realesrgan(ramp, 4, np.random.default_rng(seed), strength)
-        error = (L - expected)[..., 3:-3, 3:-3].mean(dim=(-1, -2))
-        displacements.append(error.abs().max().item())
+        error = (degrade(ramp, 4, seed, strength) - expected)[3:-3, 3:-3].mean(axis=(0, 1))
+        displacements.append(np.abs(error).max())
     # one L pixel is 0.034. Other seeds give 0.0008 to 0.0013, with the published first resize 0.003 to 0.005.
     assert np.mean(displacements) < 0.002
 
@@ -406,7 +435,8 @@ def test_the_two_degradation_types_take_their_own_figures(folder):
         pairs = [items[0, seed] for seed in range(12)]
         return np.mean([(torch.nn.functional.avg_pool2d(p["H"], 4) - p["L"]).square().mean() for p in pairs])
 
-    assert loss(strong) > 3 * loss(light)
+    # 400 samples: 2.6 times; 12 of them know either to 18 % and 5 %
+    assert loss(strong) > 1.6 * loss(light)
 
 
 def test_lq_patchsize_keeps_a_part_of_L_where_that_of_H_is(folder):

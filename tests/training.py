@@ -66,7 +66,8 @@ class Workplace:
     def run(self, *overrides: str) -> None:
         """What ``python main_train_x.py --opt ... overrides`` does, in this process."""
         arguments = ["--opt", self.file(), *overrides]
-        train(training_options(None, ["plain", "gan", "spsr"], arguments), define_Model, define_Dataset, check_dataset)
+        opt = training_options(None, ["plain", "gan", "spsr", "dm", "ranker"], arguments)
+        train(opt, define_Model, define_Dataset, check_dataset)
 
     def model(self, *overrides: str, seed: int = 0) -> ModelBase:
         """The model alone."""

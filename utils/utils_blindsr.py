@@ -1,21 +1,18 @@
-"""BSRGAN's degradation on the CPU: blur, shrink, noise and JPEG in random order, every draw from the generator given.
+"""BSRGAN's degradation as KAIR has it: blur, shrink, noise and JPEG in random order, drawn from the generator given.
 
 Zhang et al., "Designing a Practical Degradation Model for Deep Blind Image Super-Resolution", ICCV 2021,
-https://arxiv.org/abs/2103.14006, as KAIR's ``utils_blindsr.degradation_bsrgan`` has it, without the camera pipeline:
-KAIR never switches it on. Images are float32 ``(H, W, C)`` in [0, 1]; Gaussian kernels are float64 and sum to 1.
+https://arxiv.org/abs/2103.14006; KAIR's ``utils_blindsr.degradation_bsrgan`` and ``degradation_bsrgan_plus``. KAIR has
+a place for a camera pipeline and brings none; ours (utils_degrade_batch) is off unless ``camera_prob`` is set.
 """
 
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
-from numpy.typing import NDArray
 
-from utils.utils_image import Array, imresize_np, modcrop, single2uint, uint2single
+from utils.utils_degrade_steps import Blur, Camera, Filter, Jpeg, Noise, Poisson, Resize, Step, Thin
+from utils.utils_image import Array
 
-Image = NDArray[np.float32]
-
-_INTERPOLATIONS = (cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA)
+_FILTERS: tuple[Filter, ...] = ("linear", "cubic", "area")
 
 
 @dataclass(frozen=True)
@@ -26,11 +23,14 @@ class Strength:
     anisotropic_variance: tuple[float, float]  # both variances are uniform in [0, base + slope * sf], pixels squared
     isotropic_std: tuple[float, float]  # uniform in [0, base + slope * sf], pixels
     blur_size: tuple[int, int]  # odd kernel sides 2 k + 3, k uniform between these two, both included
-    shrink_factor: tuple[float, float]  # "downsample 2" divides the size by uniform [1, base + slope * sf]
+    shrink_factor: tuple[float, float]  # "downsample 2" divides the size by uniform [shrink_least, base + slope * sf]
     shrink_blur_std: float  # or blurs with a std uniform in [0.1, this * sf] and takes every sf-th pixel
     shrink_blur_size: tuple[int, int]  # k of that blur's side 2 k + 3
     noise_level: tuple[int, int]  # Gaussian noise, of 255, both included
     jpeg_quality: tuple[int, int]  # both included
+    shrink_least: float = 1.0
+    camera_prob: float = 0.0  # KAIR asks for 0.25, of nothing
+    shuffle_prob: float = 0.1  # plus: how often all steps are shuffled, not only the noises among themselves
 
 
 KAIR = Strength(
@@ -59,32 +59,47 @@ SSL_FORK = Strength(
 )
 """The milder figures with which the models of the SSL paper (https://arxiv.org/abs/2408.05713) were trained."""
 
+SSL_TEST = Strength(
+    anisotropic_prob=0.3,
+    anisotropic_variance=(1.0, 0.0),
+    isotropic_std=(1.0, 0.0),
+    blur_size=(0, 4),
+    shrink_least=0.75,
+    shrink_factor=(1.0, 0.0),
+    shrink_blur_std=0.25,
+    shrink_blur_size=(0, 4),
+    noise_level=(1, 10),
+    jpeg_quality=(85, 95),
+)
+"""The still milder ones of its blind test images."""
 
-def degrade_bsrgan(img: Image, sf: int, rng: np.random.Generator, strength: Strength) -> tuple[Image, Image]:
-    """Degrade ``(H, W, C)`` in [0, 1]: returns L, smaller by ``sf``, and H, ``img`` cut to a multiple of sf."""
-    H = modcrop(img, sf)
-    L = H
+
+def draw_bsrgan(shape: tuple[int, int, int], sf: int, rng: np.random.Generator, strength: Strength) -> list[Step]:
+    """Steps from H of ``shape`` (height, width, channels), multiples of ``sf``, to L, smaller by ``sf``."""
+    height, width, channels = shape
+    steps: list[Step] = []
     if sf == 4 and rng.random() < 0.25:
-        L, sf = _halve(L, rng), 2
-    height, width = L.shape[:2]
+        height, width, sf = height // 2, width // 2, 2
+        steps.append(Resize(height, width, _draw_filter(rng) if rng.random() < 0.5 else "matlab", clip=True))
     for step in _shuffled_steps(rng):
         if step == "blur":
-            L = add_blur(L, sf, rng, strength)
+            steps.append(draw_blur(rng, sf, strength))
         elif step == "shrink":
-            height, width = L.shape[:2]
-            L = _shrink(L, sf, rng, strength)
+            steps.append(_draw_shrink(height, width, sf, rng, strength))
         elif step == "resize":  # to the final size, whatever the step before has made of it
-            L = _resize(L, height // sf, width // sf, rng)
+            steps.append(Resize(height // sf, width // sf, _draw_filter(rng), clip=True))
         elif step == "noise":
-            L = add_gaussian_noise(L, rng, strength.noise_level)
-        elif rng.random() < 0.9:
-            L = add_jpeg(L, rng, strength.jpeg_quality)
-    return add_jpeg(L, rng, strength.jpeg_quality), H
+            steps.append(draw_noise(rng, channels, strength.noise_level))
+        elif step == "jpeg":
+            steps += [draw_jpeg(rng, strength.jpeg_quality)] if rng.random() < 0.9 else []
+        elif channels == 3 and rng.random() < strength.camera_prob:
+            steps.append(draw_camera(rng))
+    return [*steps, draw_jpeg(rng, strength.jpeg_quality)]
 
 
 def _shuffled_steps(rng: np.random.Generator) -> list[str]:
     """The steps in random order, "resize" and "shrink" exchanged where needed: "resize" comes later."""
-    steps = ["blur", "blur", "shrink", "resize", "noise", "jpeg"]
+    steps = ["blur", "blur", "shrink", "resize", "noise", "jpeg", "camera"]
     order = [steps[i] for i in rng.permutation(len(steps))]
     shrink, resize = order.index("shrink"), order.index("resize")
     if shrink > resize:
@@ -92,150 +107,108 @@ def _shuffled_steps(rng: np.random.Generator) -> list[str]:
     return order
 
 
+def draw_bsrgan_plus(shape: tuple[int, int, int], sf: int, rng: np.random.Generator, strength: Strength) -> list[Step]:
+    """As :func:`draw_bsrgan`, KAIR's "plus": two rounds of blur, resize and noises, with JPEG between them and last."""
+    height, width, channels = shape
+    goal = height // sf, width // sf
+    steps: list[Step] = []
+    for step in _plus_steps(rng, strength.shuffle_prob):
+        if step == "blur":
+            steps.append(draw_blur(rng, sf, strength))
+        elif step == "resize":
+            factor = _draw_plus_factor(rng, sf)
+            height, width = max(int(factor * height), 1), max(int(factor * width), 1)
+            steps.append(Resize(height, width, _draw_filter(rng), clip=True))
+        elif step == "noise":
+            steps.append(draw_noise(rng, channels, strength.noise_level))
+        elif step == "poisson" and rng.random() < 0.1:
+            steps.append(Poisson(1.0, gray=rng.random() < 0.5, photons=10 ** rng.uniform(2, 4)))
+        elif step == "speckle" and rng.random() < 0.1:
+            steps.append(draw_noise(rng, channels, strength.noise_level, speckle=True))
+        elif step == "camera" and channels == 3 and rng.random() < strength.camera_prob:
+            steps.append(draw_camera(rng))
+        elif step == "jpeg":
+            steps.append(draw_jpeg(rng, strength.jpeg_quality))
+    return [*steps, Resize(*goal, _draw_filter(rng), clip=True), draw_jpeg(rng, strength.jpeg_quality)]
+
+
+def _plus_steps(rng: np.random.Generator, shuffle_prob: float) -> list[str]:
+    noises = ["noise", "poisson", "speckle", "camera"]
+    order = ["blur", "resize", *rng.permutation(noises), "jpeg", "blur", "resize", *rng.permutation(noises)]
+    return [str(step) for step in (rng.permutation(order) if rng.random() < shuffle_prob else order)]
+
+
+def _draw_plus_factor(rng: np.random.Generator, sf: int) -> float:
+    """Larger (20 %), smaller (70 %) or as it is."""
+    way = rng.random()
+    return rng.uniform(1, 2) if way < 0.2 else rng.uniform(0.5 / sf, 1) if way < 0.9 else 1.0
+
+
 # ------------------------------------------------------------------------------------------------------------- steps
 
 
-def add_blur(img: Image, sf: int, rng: np.random.Generator, strength: Strength) -> Image:
-    """Blur ``(H, W, C)`` with a random Gaussian, isotropic or not."""
+def draw_blur(rng: np.random.Generator, sf: int, strength: Strength) -> Blur:
+    """A Gaussian, isotropic or not."""
+    size = _odd_size(rng, strength.blur_size)
     if rng.random() < strength.anisotropic_prob:
         base, slope = strength.anisotropic_variance
-        l1, l2 = rng.uniform(0, base + slope * sf, 2)
-        kernel = anisotropic_gaussian(_odd_size(rng, strength.blur_size), rng.uniform(0, np.pi), l1, l2)
-        return convolve(img, kernel)
+        l1, l2 = np.sqrt(rng.uniform(0, base + slope * sf, 2))
+        return Blur("gaussian", size, (float(l1), float(l2)), rng.uniform(0, np.pi))
     base, slope = strength.isotropic_std
-    profile = gaussian_profile(_odd_size(rng, strength.blur_size), rng.uniform(0, base + slope * sf))
-    return _convolve_separable(img, profile)
+    std = rng.uniform(0, base + slope * sf)
+    return Blur("gaussian", size, (std, std))
 
 
-def _halve(img: Image, rng: np.random.Generator) -> Image:
-    height, width = img.shape[:2]
-    if rng.random() < 0.5:
-        return _resize(img, height // 2, width // 2, rng)
-    return imresize_np(img, 1 / 2).clip(0, 1)
-
-
-def _shrink(img: Image, sf: int, rng: np.random.Generator, strength: Strength) -> Image:
+def _draw_shrink(height: int, width: int, sf: int, rng: np.random.Generator, strength: Strength) -> Step:
     """KAIR's "downsample 2": a plain resize by a random factor, or a shifted Gaussian and every sf-th pixel."""
     if rng.random() < 0.75:
         base, slope = strength.shrink_factor
-        factor = rng.uniform(1, base + slope * sf)
-        height, width = img.shape[:2]
-        return _resize(img, int(height / factor), int(width / factor), rng)
-    profile = gaussian_profile(
-        _odd_size(rng, strength.shrink_blur_size), rng.uniform(0.1, strength.shrink_blur_std * sf)
-    )
-    profile = shift_pixel(profile[:, None], sf)[:, 0]  # so that the pixels kept are centred on those they stand for
-    return _convolve_separable(img, profile / profile.sum())[::sf, ::sf].clip(0, 1)
+        least, most = strength.shrink_least, base + slope * sf
+        factor = least + (most - least) * rng.random()
+        return Resize(max(int(height / factor), 1), max(int(width / factor), 1), _draw_filter(rng), clip=True)
+    return Thin(_odd_size(rng, strength.shrink_blur_size), rng.uniform(0.1, strength.shrink_blur_std * sf), sf)
 
 
-def _resize(img: Image, height: int, width: int, rng: np.random.Generator) -> Image:
-    interpolation = _INTERPOLATIONS[rng.integers(len(_INTERPOLATIONS))]
-    resized = cv2.resize(img, (max(width, 1), max(height, 1)), interpolation=interpolation)
-    return _with_channels(resized, img).clip(0, 1)
+def draw_noise(rng: np.random.Generator, channels: int, level: tuple[int, int], speckle: bool = False) -> Noise:
+    """Gaussian noise: gray (40 %), independent in the channels (40 %) or correlated (20 %)."""
+    std, kind = float(rng.integers(*level, endpoint=True)), rng.random()
+    if kind < 0.8:
+        return Noise(std, "gray" if kind < 0.4 else "colour", speckle=speckle)
+    mix = _noise_correlation(channels, level[1] / 255, rng)  # of the largest level, as published
+    return Noise(float(level[1]), "mixed", tuple(map(tuple, mix.tolist())), speckle)
 
 
-def add_gaussian_noise(img: Image, rng: np.random.Generator, level: tuple[int, int]) -> Image:
-    """Add Gaussian noise to ``(H, W, C)``: independent per channel (40 %), gray (40 %) or correlated (20 %)."""
-    std = rng.integers(*level, endpoint=True) / 255
-    kind = rng.random()
-    height, width, channels = img.shape
-    if kind < 0.4:
-        noise = rng.standard_normal((height, width, 1), np.float32) * np.float32(std)
-    elif kind < 0.8:
-        noise = rng.standard_normal(img.shape, np.float32) * np.float32(std)
-    else:
-        noise = rng.standard_normal(img.shape, np.float32) @ _noise_correlation(channels, level[1] / 255, rng)
-    return (img + noise).clip(0, 1)
-
-
-def _noise_correlation(channels: int, std: float, rng: np.random.Generator) -> Image:
+def _noise_correlation(channels: int, std: float, rng: np.random.Generator) -> Array:
     """A matrix that turns white noise into noise of the covariance ``|std^2 U^T D U|`` with U and D at random."""
     basis = np.linalg.svd(rng.random((channels, channels)))[0]
     covariance = np.abs(std**2 * basis.T @ np.diag(rng.random(channels)) @ basis)
     # The absolute values can make it indefinite; numpy's sampler, which KAIR calls, then takes |eigenvalues| too.
     eigenvalues, eigenvectors = np.linalg.eigh(covariance)
-    return (np.sqrt(np.abs(eigenvalues))[:, None] * eigenvectors.T).astype(np.float32)
+    return np.sqrt(np.abs(eigenvalues))[:, None] * eigenvectors.T
 
 
-def add_jpeg(img: Image, rng: np.random.Generator, quality: tuple[int, int]) -> Image:
-    """Compress ``(H, W, C)`` as JPEG with an integer quality uniform in ``quality``, both ends included."""
-    uint = single2uint(img)
-    is_rgb = img.shape[2] == 3
-    if is_rgb:
-        uint = cv2.cvtColor(uint, cv2.COLOR_RGB2BGR)
-    encoded = cv2.imencode(".jpg", uint, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(*quality, endpoint=True))])[1]
-    decoded: Array = np.asarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR if is_rgb else cv2.IMREAD_GRAYSCALE))
-    return uint2single(cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB) if is_rgb else decoded[..., None])
+def draw_jpeg(rng: np.random.Generator, quality: tuple[int, int]) -> Jpeg:
+    """A whole quality, both ends included."""
+    return Jpeg(int(rng.integers(*quality, endpoint=True)), "libjpeg")
 
 
-def add_sharpening(img: Image, weight: float = 0.5, radius: int = 50, threshold: float = 10) -> Image:
-    """Unsharp masking of ``(H, W, C)`` where an image differs from its blur by more than ``threshold`` of 255."""
-    side = radius + 1 - radius % 2
+def draw_camera(rng: np.random.Generator) -> Camera:
+    """Gains and exposure as in the paper's section on noise, sensor noise as in Brooks et al., CVPR 2019."""
+    log_shot = rng.uniform(np.log(1e-4), np.log(0.012))
+    weights = rng.random(4)
+    return Camera(
+        shot=float(np.exp(log_shot)),
+        read=float(np.exp(2.18 * log_shot + 1.20 + 0.26 * rng.standard_normal())),
+        red_gain=rng.uniform(1.2, 2.4),
+        blue_gain=rng.uniform(1.2, 2.4),
+        exposure=2 ** rng.uniform(-0.1, 0.3),
+        cameras=tuple((weights / weights.sum()).tolist()),
+    )
 
-    def blur(x: Array) -> Image:
-        return _with_channels(cv2.GaussianBlur(x, (side, side), 0), img)
 
-    residual = img - blur(img)
-    soft_mask = blur((np.abs(residual) * 255 > threshold).astype(np.float32))
-    return soft_mask * (img + weight * residual).clip(0, 1) + (1 - soft_mask) * img
-
-
-# ----------------------------------------------------------------------------------------------------------- kernels
+def _draw_filter(rng: np.random.Generator) -> Filter:
+    return _FILTERS[rng.integers(len(_FILTERS))]
 
 
 def _odd_size(rng: np.random.Generator, k: tuple[int, int]) -> int:
     return 2 * int(rng.integers(*k, endpoint=True)) + 3
-
-
-def gaussian_profile(size: int, std: float) -> Array:
-    """The ``(size,)`` Gaussian whose outer product with itself is MATLAB's ``fspecial('gaussian', size, std)``."""
-    x = np.arange(size) - (size - 1) / 2
-    profile = np.exp(-(x**2) / (2 * std**2))
-    return profile / profile.sum()
-
-
-def anisotropic_gaussian(size: int, theta: float, l1: float, l2: float) -> Array:
-    """A ``(size, size)`` Gaussian of variance ``l1`` along the angle ``theta`` (radians, x to y), ``l2`` across."""
-    kernel = np.exp(-0.5 * elliptic_distance(size, theta, l1, l2))
-    return kernel / kernel.sum()
-
-
-def elliptic_distance(size: int, theta: float, l1: float, l2: float) -> Array:
-    """``(size, size)``: ``x^T S^-1 x`` from the centre, S the covariance of :func:`anisotropic_gaussian`."""
-    x = np.arange(size) - (size - 1) / 2
-    along = np.cos(theta) * x + np.sin(theta) * x[:, None]
-    across = np.cos(theta) * x[:, None] - np.sin(theta) * x
-    return along**2 / l1 + across**2 / l2
-
-
-def shift_pixel(x: Array, sf: int, upper_left: bool = True) -> Array:
-    """Shift ``(H, W[, C])`` by ``(sf - 1) / 2`` pixels, linearly interpolated, the border repeated.
-
-    An image that is thinned to every sf-th pixel keeps its place when its blur kernel is shifted to the upper left.
-    """
-    shift = (sf - 1) / 2 if upper_left else -(sf - 1) / 2
-    for axis in (0, 1):
-        last = x.shape[axis] - 1
-        position = (np.arange(last + 1) + shift).clip(0, last)
-        before = position.astype(np.int64)
-        share = (position - before).reshape([-1 if i == axis else 1 for i in range(x.ndim)])
-        x = x.take(before, axis) * (1 - share) + x.take((before + 1).clip(max=last), axis) * share
-    return x
-
-
-def convolve(img: Image, kernel: Array) -> Image:
-    """Convolve ``(H, W, C)`` with ``(k, k)``, k odd; the border is mirrored, the edge pixel not repeated."""
-    # OpenCV correlates: the kernel is turned round. BORDER_REFLECT_101 is what SciPy calls "mirror".
-    blurred = cv2.filter2D(img, -1, kernel[::-1, ::-1], borderType=cv2.BORDER_REFLECT_101)
-    return _with_channels(blurred, img)
-
-
-def _convolve_separable(img: Image, profile: Array) -> Image:
-    """:func:`convolve` with the outer product of ``profile`` with itself."""
-    blurred = cv2.sepFilter2D(img, -1, profile[::-1], profile[::-1], borderType=cv2.BORDER_REFLECT_101)
-    return _with_channels(blurred, img)
-
-
-def _with_channels(img: Array, like: Image) -> Image:
-    """OpenCV drops the channel axis of ``(H, W, 1)``: put it back."""
-    return img.reshape(*img.shape[:2], like.shape[2])

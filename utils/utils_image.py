@@ -2,9 +2,11 @@
 
 The names and meanings are those of KAIR (https://github.com/cszn/KAIR, ``utils/utils_image.py``). An image is an array
 ``(H, W)`` or ``(H, W, C)`` in RGB order: ``uint8`` or ``uint16`` on disk, ``single`` (float32 in [0, 1]) in memory.
+An LMDB folder (``X.lmdb``, see utils_lmdb.py) reads like a folder of images everywhere.
 """
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from io import BytesIO
@@ -15,25 +17,27 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
-from PIL import Image
-from scipy.io import loadmat
+from PIL import Image, ImageOps, UnidentifiedImageError
+from scipy.io import loadmat, savemat
 from scipy.io.matlab import MatReadError
 from scipy.sparse import csr_array
 
+from utils import utils_lmdb
 from utils.utils_error import UserError
 
 Array = NDArray[Any]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
-# A file that cannot be decoded becomes a UserError here; OpenCV's own lines on stderr would only stand in front of it.
+# A file that cannot be decoded becomes a UserError here; OpenCV's and Pillow's own lines would only stand before it.
+warnings.filterwarnings("ignore", module="PIL")
 (cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel)(0)  # OpenCV 4, 5
 
 # ------------------------------------------------------------------------------------------------- files and folders
 
 
 def get_image_paths(dataroot: str | Sequence[str] | None) -> list[str]:
-    """All image files below one folder or several, sorted within each; a single file stands for itself.
+    """All image files below one folder or several, sorted within each; a single file or LMDB folder stands for itself.
 
     None gives an empty list. Raises UserError for a path that is missing or holds no image.
     """
@@ -61,38 +65,105 @@ def _find_files(dataroot: str | Sequence[str] | None, suffixes: tuple[str, ...],
         return [dataroot]
     if not os.path.isdir(dataroot):
         raise UserError(f"{dataroot} does not exist: {wanted}")
-    found = sorted(
-        os.path.join(folder, name)
-        for folder, _, names in os.walk(dataroot, followlinks=True)
-        for name in names
-        if name.lower().endswith(suffixes) and not name.startswith(".")  # "._x.png": macOS's notes about x.png
-    )
+    if dataroot.rstrip("/" + os.sep).endswith(".lmdb"):
+        listed = utils_lmdb.list_lmdb(dataroot.rstrip("/" + os.sep))
+        found = [path for path in listed if path.lower().endswith(suffixes)]
+    else:
+        found = sorted(
+            os.path.join(folder, name)
+            for folder, _, names in os.walk(dataroot, followlinks=True)
+            for name in names
+            if name.lower().endswith(suffixes) and not name.startswith(".")  # "._x.png": macOS's notes about x.png
+        )
     if not found:
         raise UserError(f"{dataroot} holds no {what}: {wanted}")
     return found
 
 
-def imread_uint(path: str, n_channels: int = 3) -> Array:
-    """Read an image as ``(H, W, n_channels)``, RGB or gray, uint8 or uint16 as in the file.
-
-    Alpha is dropped, palettes are resolved, EXIF rotation is applied. Raises UserError for a file that cannot be read.
-    """
-    if n_channels not in (1, 3):
-        raise ValueError(f"n_channels must be 1 or 3, not {n_channels}")
-    flags = cv2.IMREAD_ANYDEPTH | (cv2.IMREAD_COLOR if n_channels == 3 else cv2.IMREAD_GRAYSCALE)
+def read_file(path: str) -> NDArray[np.uint8]:
+    """The bytes of a file, or of an image ``X.lmdb/name.png`` of an LMDB folder; UserError where they cannot be had."""
+    place = utils_lmdb.split_path(path)
+    if place:
+        return np.frombuffer(utils_lmdb.read_lmdb(*place), np.uint8)
     try:
-        data = np.fromfile(path, dtype=np.uint8)  # cv2.imread cannot open every path on Windows
-        img = cv2.imdecode(data, flags) if data.size else None
+        return np.fromfile(path, dtype=np.uint8)  # cv2.imread cannot open every path on Windows
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except cv2.error as error:
-        raise UserError(f"{path} cannot be decoded: it is damaged or no image; replace or remove it") from error
+
+
+def imread_uint(path: str, n_channels: int | None = 3) -> Array:
+    """Read an image as ``(H, W, n_channels)``, RGB or gray, uint8 or uint16 as in the file.
+
+    ``n_channels`` 3, 1 or None: as many of these as the file has. Alpha is dropped, palettes and CMYK become RGB, EXIF
+    rotation is applied, of an animation the first frame is taken. Raises UserError for a file that cannot be read.
+    """
+    if n_channels not in (1, 3, None):
+        raise ValueError(f"n_channels must be 1 or 3, not {n_channels}")
+    return decode(read_file(path), path, n_channels)
+
+
+def decode(data: NDArray[np.uint8], path: str, n_channels: int | None = 3) -> Array:
+    """:func:`imread_uint` of a file's bytes; ``path`` is for messages."""
+    kind = {3: cv2.IMREAD_COLOR, 1: cv2.IMREAD_GRAYSCALE, None: cv2.IMREAD_ANYCOLOR}[n_channels]
+    bad = UserError(f"{path} cannot be decoded: it is damaged, cut short or no image; replace or remove it")
+    if not data.size:
+        raise UserError(f"{path} is empty (0 bytes); replace or remove it")
+    try:
+        img = _decode_with_pillow(data, n_channels)
+        if img is None:
+            img = cv2.imdecode(data, cv2.IMREAD_ANYDEPTH | kind)
+            if img is not None and img.ndim == 3:
+                img = cv2.cvtColor(img, cv2.COLOR_BGR2RGB)
+    except (cv2.error, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise bad from error
     if img is None or _jpeg_is_cut_short(data):
-        state = "cannot be decoded: it is damaged, cut short or no image" if data.size else "is empty (0 bytes)"
-        raise UserError(f"{path} {state}; replace or remove it")
+        raise bad
     if img.dtype not in (np.uint8, np.uint16):
         raise UserError(f"{path} holds {img.dtype} values: save it with 8 or 16 bits a channel")
-    return cv2.cvtColor(img, cv2.COLOR_BGR2RGB) if n_channels == 3 else img[..., None]
+    return img if img.ndim == 3 else img[..., None]
+
+
+def _decode_with_pillow(data: NDArray[np.uint8], n_channels: int | None) -> Array | None:
+    """WebP, and TIFF with alpha; None for what OpenCV should decode.
+
+    OpenCV 4 refuses animated WebP and ignores WebP's EXIF rotation; every version multiplies a TIFF's colours by alpha.
+    """
+    head = data[:12].tobytes()
+    is_webp = head.startswith(b"RIFF") and head.endswith(b"WEBP")
+    if not is_webp and not head.startswith((b"II*\0", b"MM\0*")):
+        return None
+    try:
+        image = Image.open(BytesIO(data.tobytes()))
+    except UnidentifiedImageError:  # Pillow knows fewer kinds of TIFF
+        return None
+    if not is_webp and image.mode != "RGBA":
+        return None
+    rgb = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    return cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY) if n_channels == 1 else rgb
+
+
+def image_size(path: str) -> tuple[int, int]:
+    """(height, width) of what :func:`imread_uint` would return, from the file's header alone where that is enough.
+
+    Raises UserError for a file whose header cannot be read; the rest of it may still be damaged.
+    """
+    if path.lower().endswith((".tif", ".tiff")):  # versions of Pillow differ in the sizes of rotated ones
+        height, width = imread_uint(path, None).shape[:2]
+        return height, width
+    try:
+        # an open file and not its name: Pillow's message would hold the name once more
+        source = BytesIO(read_file(path).tobytes()) if utils_lmdb.split_path(path) else open(path, "rb")  # noqa: SIM115
+        with source, Image.open(source) as image:
+            width, height = image.size
+            exif = Image.Exif()
+            exif.load(image.info.get("exif", b""))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        height, width = imread_uint(path, None).shape[:2]  # raises in its own words, or knows better
+        return height, width
+    return (width, height) if exif.get(_ORIENTATION, 1) >= 5 else (height, width)
+
+
+_ORIENTATION = 0x0112  # EXIF's; from 5 on rows are columns
 
 
 def _jpeg_is_cut_short(data: Array) -> bool:
@@ -108,8 +179,10 @@ def _jpeg_is_cut_short(data: Array) -> bool:
     return False
 
 
-def imsave(img: Array, img_path: str) -> None:
+def imsave(img: Array, img_path: str, png_level: int | None = None) -> None:
     """Write an RGB ``(H, W, 3)`` or gray ``(H, W)``, ``(H, W, 1)`` image, uint8 or uint16, whole or not at all.
+
+    ``png_level``: how hard PNG is compressed, 0 to 9; None = OpenCV's, fast. 3 saves a tenth for thrice the time.
 
     Raises UserError for a suffix or folder that cannot be written, ValueError for any other dtype.
     """
@@ -121,17 +194,24 @@ def imsave(img: Array, img_path: str) -> None:
     if img.dtype == np.uint16 and suffix not in (".png", ".tif", ".tiff"):
         raise UserError(f"{img_path}: {suffix} holds 8 bits a channel; use .png or .tif for 16")
     is_rgb = img.ndim == 3 and img.shape[2] == 3
-    encoded = cv2.imencode(suffix, cv2.cvtColor(img, cv2.COLOR_RGB2BGR) if is_rgb else img)[1]
-    unfinished = f"{img_path}.{os.getpid()}.part"
+    settings = [] if png_level is None else [cv2.IMWRITE_PNG_COMPRESSION, png_level]
+    encoded = cv2.imencode(suffix, cv2.cvtColor(img, cv2.COLOR_RGB2BGR) if is_rgb else img, settings)[1]
+    write_file(encoded.tobytes(), img_path)
+
+
+def write_file(content: bytes, path: str) -> None:
+    """Write a file whole or not at all. Raises UserError where it cannot be written."""
+    unfinished = f"{path}.{os.getpid()}.part"
     try:
         try:
-            encoded.tofile(unfinished)
-            os.replace(unfinished, img_path)
+            with open(unfinished, "wb") as file:
+                file.write(content)
+            os.replace(unfinished, path)
         finally:
             if os.path.exists(unfinished):
                 os.remove(unfinished)
     except OSError as error:
-        raise UserError(f"{img_path} cannot be written: {error.strerror or error}") from error
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def read_mask(path: str) -> NDArray[np.float32]:
@@ -141,7 +221,7 @@ def read_mask(path: str) -> NDArray[np.float32]:
     """
     if path.lower().endswith(".mat"):
         try:
-            mask = loadmat(path, variable_names=["mat"])["mat"]
+            mask = loadmat(BytesIO(read_file(path).tobytes()), variable_names=["mat"])["mat"]
         except KeyError as error:
             raise UserError(f'{path} has no variable "mat": write the edge mask under that name') from error
         # scipy meets a damaged file with whatever its parser stumbled over
@@ -153,6 +233,17 @@ def read_mask(path: str) -> NDArray[np.float32]:
     if mask.ndim != 2 or not np.all(on | (mask == 0)):
         raise UserError(f"{path} is not an edge mask: it must be one plane of 0 and 1, or 0 and 255")
     return on.astype(np.float32)
+
+
+def save_mask(mask: Array, path: str) -> None:
+    """Write an edge mask ``(H, W)`` of {0, 1} as variable "mat" of a compressed ``.mat`` file, whole or not at all.
+
+    The same mask gives the same bytes: the date that such files carry is left out.
+    """
+    content = BytesIO()
+    savemat(content, {"mat": mask}, do_compression=True)
+    header = b"MATLAB 5.0 MAT-file".ljust(116)
+    write_file(header + content.getvalue()[len(header) :], path)
 
 
 # ------------------------------------------------------------------------------------------- numbers, arrays, tensors

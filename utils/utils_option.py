@@ -166,6 +166,94 @@ class ELANOptions(_Network):
     use_checkpoint: bool = Field(False, description="recompute blocks in the backward pass: less memory, more time")
 
 
+class DiffusionNetwork(_Network):
+    """A network of model dm: ``netG(x, t, y, L)``, see models/sampler.py."""
+
+
+class UNet2DOptions(DiffusionNetwork):
+    net_type: Literal["unet2d"] = Field("unet2d", description="U-Net of diffusers (UNet2DModel), on x_t beside y")
+    channels: Positive = Field(3, description="of x: n_channels in pixels, 3 with VQ-f4, 4 with Stable Diffusion")
+    patch: Positive = Field(1, description="fold this many pixels a side into channels: smaller maps, less work")
+    residual: bool = Field(True, description="its output is what is added to y; false where noise is predicted")
+    block_out_channels: list[Positive] = Field([64, 128, 256], description="features, level by level", min_length=1)
+    layers_per_block: Positive = Field(2, description="residual blocks of a level")
+    attention: list[bool] = Field([], description="self-attention in each level; [] = nowhere")
+    mid_attention: bool = Field(True, description="self-attention at the bottom")
+    attention_head_dim: Positive = Field(32, description="features of an attention head")
+    norm_num_groups: Positive = Field(32, description="groups of the group norms; the features divide by it")
+    use_checkpoint: bool = Field(False, description="recompute blocks in the backward pass: less memory, more time")
+
+
+class _StableDiffusionNetwork(DiffusionNetwork):
+    base: str = Field(
+        description="Stable Diffusion 1 or 2, which stays as it is: a folder in diffusers' layout, or a hub's name"
+    )
+    base_precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="what its weights are kept and computed with in; the trained ones are kept in fp32"
+    )
+    use_checkpoint: bool = Field(False, description="recompute blocks in the backward pass: less memory, more time")
+
+
+class StableSROptions(_StableDiffusionNetwork):
+    net_type: Literal["stablesr"] = Field(
+        "stablesr", description="StableSR, arXiv 2305.07015: Stable Diffusion guided by the latent of L"
+    )
+    model_channels: Positive = Field(256, description="features of the structural encoder")
+    channel_mult: list[Positive] = Field([1, 1, 2, 2], description="in units of them, level by level", min_length=1)
+    num_heads: Positive = Field(4, description="heads of its attention")
+
+
+class SDLoRAOptions(_StableDiffusionNetwork):
+    net_type: Literal["sd_lora"] = Field(
+        "sd_lora", description="Stable Diffusion in one step, by low-rank adaptation: OSEDiff, arXiv 2406.08177"
+    )
+    rank: Positive = Field(4, description="of the update of each adapted layer")
+    alpha: Positive | None = Field(None, description="the update is weighted by alpha / rank; null = rank")
+    target_modules: list[str] = Field(
+        [
+            *("to_k", "to_q", "to_v", "to_out.0", "conv", "conv1", "conv2", "conv_in", "conv_shortcut", "conv_out"),
+            *("proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+        ],
+        description="the layers of the U-Net that are adapted, by the ends of their names; the default is OSEDiff's",
+        min_length=1,
+    )
+
+
+class ResShiftUNetOptions(DiffusionNetwork):
+    net_type: Literal["resshift_unet_swin"] = Field(
+        "resshift_unet_swin", description="ResShift's U-Net with Swin layers; the defaults are the published network"
+    )
+    image_size: Positive = Field(64, description="side of x in training; testing takes any")
+    in_channels: Positive = Field(3, description="of x: 3 in pixels and with VQ-f4")
+    model_channels: Positive = Field(160, description="features of the first level; divide by 32")
+    out_channels: Positive = Field(3, description="as in_channels")
+    attention_resolutions: list[Positive] = Field(
+        [64, 32, 16, 8], description="sides of the levels that have a Swin layer, counted from image_size"
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="chance to drop a feature in training")
+    channel_mult: list[Positive] = Field(
+        [1, 2, 2, 4], description="features of each level, in model_channels", min_length=1
+    )
+    num_res_blocks: list[Positive] = Field([2, 2, 2, 2], description="residual blocks of each level", min_length=1)
+    conv_resample: Literal[True] = Field(True, description="as published; no other is built")
+    dims: Literal[2] = Field(2, description="as published; no other is built")
+    use_fp16: Literal[False] = Field(False, description="as published; see train.precision")
+    num_head_channels: Positive = Field(32, description="features of an attention head")
+    use_scale_shift_norm: bool = Field(True, description="the time scales and shifts features; false = it is added")
+    resblock_updown: Literal[False] = Field(False, description="as published; no other is built")
+    swin_depth: Positive = Field(2, description="blocks of a Swin layer")
+    swin_embed_dim: Positive = Field(192, description="features of the Swin layers; divide by 32")
+    window_size: Positive = Field(8, description="side of the attention windows")
+    mlp_ratio: Rate = Field(4.0, description="widening in the perceptrons")
+    patch_norm: Literal[False] = Field(False, description="as published; no other is built")
+    cond_lq: bool = Field(True, description="look at L")
+    lq_size: Positive = Field(64, description="side of L in training, beside image_size; 1, 2, 4, ... times that")
+    mask_quirk: bool = Field(
+        True, description="the published masks of shifted windows, which published weights need; false = Swin's"
+    )
+    use_checkpoint: bool = Field(False, description="recompute blocks in the backward pass: less memory, more time")
+
+
 class SpandrelOptions(Section):
     net_type: Literal["spandrel"] = Field(
         "spandrel",
@@ -185,7 +273,11 @@ NetG = Annotated[
     | SRVGGOptions
     | SwinIROptions
     | ELANOptions
-    | SpandrelOptions,
+    | SpandrelOptions
+    | UNet2DOptions
+    | ResShiftUNetOptions
+    | StableSROptions
+    | SDLoRAOptions,
     Field(discriminator="net_type"),
 ]
 
@@ -250,6 +342,52 @@ class RankerOptions(_Network):
     base_nc: Positive = Field(64, description="features of the first layer")
 
 
+# -------------------------------------------------------------------------------------------------------- diffusion
+
+
+class _Diffusion(Section):
+    color_fix: Literal["none", "adain", "wavelet"] = Field(
+        "none", description="take E's colours from the enlarged L: its mean and deviation, or its low frequencies"
+    )
+    sample_steps: Positive | None = Field(None, description="steps of sampling, in validation and tests; null = all")
+    seed: Count = Field(0, description="of the noise in sampling, the same for every image")
+
+
+class ResShiftOptions(_Diffusion):
+    type: Literal["resshift"] = Field("resshift", description="residual shifting, arXiv 2307.12348; predicts x0")
+    steps: Annotated[int, BeforeValidator(_integral), Field(ge=2)] = Field(15, description="T")
+    min_noise_level: Rate = Field(0.04, description="m: sqrt(eta_1) = min(m / kappa, m)")
+    kappa: Rate = Field(2.0, description="strength of the noise against the residual")
+    etas_end: Annotated[float, Field(gt=0, le=1)] = Field(0.99, description="sqrt(eta_T)")
+    power: Rate = Field(0.3, description="form of the schedule; the smaller, the earlier the shift")
+
+
+class DDPMOptions(_Diffusion):
+    type: Literal["ddpm"] = Field("ddpm", description="Stable Diffusion's process; predicts the noise")
+    steps: Positive = Field(1000, description="T")
+    beta_start: Annotated[float, Field(gt=0, lt=1)] = Field(0.00085, description="first beta")
+    beta_end: Annotated[float, Field(gt=0, lt=1)] = Field(0.012, description="last beta; the roots are spread evenly")
+
+
+class OneStepOptions(_Diffusion):
+    type: Literal["onestep"] = Field("onestep", description="no process: one call of the network, from y to x0")
+    timestep: Count = Field(0, description="the t that the network is shown; 999 for one of Stable Diffusion")
+
+
+Diffusion = Annotated[ResShiftOptions | DDPMOptions | OneStepOptions, Field(discriminator="type")]
+
+
+class AutoencoderOptions(Section):
+    type: Literal["pixel", "vq", "kl"] = Field(
+        "pixel", description="where diffusion happens: pixels, VQ-f4's latent (ResShift) or Stable Diffusion's"
+    )
+    path: str | None = Field(None, description="vq, kl: the trained autoencoder, a file, a folder or a hub's name")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="what its weights are kept and computed in")
+    use_checkpoint: bool = Field(
+        False, description="recompute its decoder's blocks in the backward pass: less memory for SSL, more time"
+    )
+
+
 # ------------------------------------------------------------------------------------------------ data, paths, train
 
 
@@ -257,26 +395,65 @@ class DatasetOptions(Section):
     """One data set. ``phase``, ``scale``, ``n_channels`` and ``seed`` are filled in from the top of the file."""
 
     name: str = Field("", description='a name for logs and tables; "" = the section\'s name')
-    dataset_type: Literal["sr", "blindsr", "plain", "srmask", "blindsrmask", "plainmask", "l"] = Field(
+    dataset_type: Literal["sr", "blindsr", "plain", "srmask", "blindsrmask", "plainmask", "l", "rank"] = Field(
         "sr",
         description="sr: L from dataroot_L or by MATLAB bicubic; blindsr: L by degradation_type; plain: pairs; "
-        "...mask: with edge masks from dataroot_H_mask; l: low-quality images without ground truth",
+        "...mask: with edge masks from dataroot_H_mask; l: low-quality images without ground truth; "
+        "rank: results of the same scenes, by dataroot_ranked or rank_csv",
     )
     dataroot_H: str | list[str] | None = Field(None, description="folder(s) of ground-truth images, read recursively")
     dataroot_L: str | list[str] | None = Field(None, description="folder(s) of low-quality images, paired by name")
     dataroot_H_mask: str | list[str] | None = Field(
         None, description="folder(s) of edge masks (.mat or .png) of the H images; null = made on line from H"
     )
+    dataroot_ranked: list[str] | None = Field(
+        None, description="rank: folders of results of the same scenes, paired by name, the best folder first"
+    )
+    rank_csv: str | None = Field(
+        None,
+        description="rank: instead, results.csv of main_test.py or a table like it (image, model, perhaps set, metric) "
+        "beside the images, model/set/image.png: each image has its own order then",
+    )
+    rank_metric: str = Field("niqe", description="rank_csv: the column that says which of two images is better")
+    rank_higher_better: bool | None = Field(
+        None, description="rank_csv: whether more of rank_metric is better; null = it is one that main_test.py knows"
+    )
     H_size: Positive = Field(96, description="side of a training patch of H in pixels")
     lq_patchsize: Positive | None = Field(
         None, description="side of the L patch kept after a blind degradation; null = H_size / scale"
     )
-    degradation_type: Literal["bsrgan", "bsrgan_light", "realesrgan", "realesrgan_light"] = Field(
+    degradation_type: Literal[
+        "bsrgan",
+        "bsrgan_light",
+        "bsrgan_plus",
+        "realesrgan",
+        "realesrgan_light",
+        "stablesr",
+        "resshift",
+        "blind_test",
+    ] = Field(
         "bsrgan",
         description="blindsr: the figures of BSRGAN (KAIR's) or Real-ESRGAN; ..._light = the milder ones of the SSL "
-        "paper's code. Each sample has draws of its own: Real-ESRGAN's pool, which mixes batches, is not needed",
+        "paper's code; bsrgan_plus: KAIR's; stablesr, resshift: Real-ESRGAN's steps with their figures; blind_test: a "
+        "mixture of both, of the SSL paper's test images. Each sample has draws of its own",
     )
-    shuffle_prob: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="KAIR's; plain bsrgan always shuffles")
+    degradation_device: Literal["cpu", "gpu"] = Field(
+        "cpu",
+        description="blindsr in training: cpu = the reading processes degrade; gpu = the training device, batch-wise",
+    )
+    shuffle_prob: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.1, description="bsrgan_plus: how often all steps change places; the others of bsrgan always shuffle"
+    )
+    camera_prob: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0,
+        description="bsrgan...: how often a simulated camera (mosaic, sensor noise, development) takes the image "
+        "again. KAIR asks for 0.25 but brings no camera, which is 0",
+    )
+    pair_pool: Count = Field(
+        0,
+        description="degradation_device gpu: keep this many pairs and give out old ones for new, at random; "
+        "Real-ESRGAN: 180, for its batches shared their draws. Not in checkpoints: resumed runs differ. 0 = off",
+    )
     use_sharp: bool = Field(
         False,
         description="blindsr: sharpen H (unsharp mask) before degrading it; realesrgan keeps H and adds H_usm",
@@ -299,7 +476,9 @@ class PathOptions(Section):
     pretrained_netG: str | None = Field(None, description="start the generator from this checkpoint")
     pretrained_netD: str | None = Field(None, description="start the discriminator from this checkpoint")
     pretrained_netE: str | None = Field(None, description="start the EMA generator from this; null = a copy of G")
-    pretrained_netR: str | None = Field(None, description="the trained ranker, for train.rank_weight > 0")
+    pretrained_netR: str | None = Field(
+        None, description="the trained ranker, for train.rank_weight > 0; model ranker: start from this checkpoint"
+    )
     pretrained_netF: str | None = Field(
         None, description="VGG19 weights of the perceptual loss; null = torch's own cache (downloaded if it can be)"
     )
@@ -309,8 +488,17 @@ class TrainOptions(Section):
     iterations: Positive | None = Field(None, description="stop after this step; null = until interrupted, as KAIR")
     manual_seed: Count | None = Field(None, description="null = drawn at random and written to the log")
 
+    dm_weight: Weight = Field(
+        1.0, description="dm: weight of the squared error of what the network predicts (x0 or noise); 0 = off"
+    )
     channels_last: bool = Field(
         False, description="networks with the channels innermost in memory: faster convolutions on some GPUs and CPUs"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="dm: what networks compute in while training (autocast); the losses stay in fp32"
+    )
+    micro_batch: Positive | None = Field(
+        None, description="dm: images that go through the network at once, the batch being done in pieces; null = all"
     )
 
     G_lossfn_type: Literal["l1", "l2", "l2sum", "charbonnier", "ssim"] = Field("l1", description="pixel loss")
@@ -325,6 +513,8 @@ class TrainOptions(Section):
     F_weights: Weight | list[Weight] = Field(1.0, description="a weight for each feature layer")
     F_use_input_norm: bool = Field(True, description="normalise by ImageNet's mean and standard deviation")
     F_use_range_norm: bool = Field(False, description="map [-1, 1] to [0, 1] first")
+
+    lpips_weight: Weight = Field(0.0, description="weight of LPIPS on VGG16, v0.1, through pyiqa; 0 = off")
 
     gan_type: Literal["gan", "ragan", "ragan_basicsr", "lsgan", "wgan", "softplusgan"] = Field(
         "gan",
@@ -379,7 +569,11 @@ class TrainOptions(Section):
     G_optimizer_betas: list[float] = Field([0.9, 0.999], description="Adam's betas", min_length=2, max_length=2)
     G_optimizer_wd: Weight = Field(0.0, description="weight decay")
     G_optimizer_clipgrad: Weight | None = Field(None, description="largest gradient norm; null or 0 = no clipping")
-    G_scheduler_type: Literal["MultiStepLR"] = Field("MultiStepLR", description="learning rate schedule")
+    G_scheduler_type: Literal["MultiStepLR", "CosineAnnealingLR"] = Field(
+        "MultiStepLR", description="learning rate: in steps, or half a cosine from the warm-up to iterations"
+    )
+    G_scheduler_warmup: Count = Field(0, description="the learning rate rises linearly over this many steps first")
+    G_scheduler_eta_min: Weight = Field(0.0, description="CosineAnnealingLR: the learning rate at the end")
     G_scheduler_milestones: list[Count] = Field([], description="multiply by gamma from these steps on")
     G_scheduler_gamma: Rate = Field(0.5, description="factor at a milestone")
     G_param_strict: bool = Field(True, description="pretrained_netG must match in every tensor")
@@ -395,12 +589,27 @@ class TrainOptions(Section):
     D_param_strict: bool = Field(True, description="pretrained_netD must match in every tensor")
     E_param_strict: bool = Field(True, description="pretrained_netE must match in every tensor")
 
+    R_optimizer_type: Literal["adam", "adamw"] = Field("adam", description="optimizer of model ranker's netR")
+    R_optimizer_lr: Rate = Field(1e-3, description="learning rate of the ranker")
+    R_optimizer_betas: list[float] = Field([0.9, 0.999], description="Adam's betas", min_length=2, max_length=2)
+    R_optimizer_wd: Weight = Field(0.0, description="weight decay")
+    R_optimizer_clipgrad: Weight | None = Field(None, description="largest gradient norm; null or 0 = no clipping")
+    R_scheduler_milestones: list[Count] = Field([], description="multiply by gamma from these steps on")
+    R_scheduler_gamma: Rate = Field(0.5, description="factor at a milestone")
+
     checkpoint_print: Positive = Field(200, description="log every this many steps")
     checkpoint_test: Positive = Field(5000, description="validate every this many steps")
     checkpoint_save: Positive = Field(5000, description="save every this many steps")
     checkpoint_keep: Positive | None = Field(
         None, description="keep the newest this many checkpoints and the best one; null = keep all"
     )
+
+
+# The names and groups of utils.utils_metrics.
+_OwnMetric = Literal["psnr", "ssim", "psnr_y", "ssim_y", "psnr_y8", "ssim_y8", "ssg"]
+_OfflineMetric = Literal["ms_ssim", "fsim", "gmsd", "vif", "nlpd", "mad", "piqe"]
+_LearnedMetric = Literal["lpips", "dists", "fid", "niqe", "musiq", "clipiqa", "maniqa"]
+MetricName = Literal["default", "paper", "offline", _OwnMetric, _LearnedMetric, _OfflineMetric]
 
 
 class TestOptions(Section):
@@ -411,6 +620,8 @@ class TestOptions(Section):
     param_key: str | None = Field(None, description="which weights of the file; null = params_ema, params or the file")
     output: str | None = Field(None, description="folder for results; null = root/task/results")
     images: Count = Field(4, description="validation: how many images go into the grid; 0 = none")
+    metrics: list[MetricName] = Field(["default"], description="what main_test.py measures: metrics or groups of them")
+    report_images: Count = Field(30, description="main_test.py: how many images go into report.html; 0 = no such file")
 
 
 class Options(Section):
@@ -421,17 +632,21 @@ class Options(Section):
         pattern=r"^[^/\\\s.\x00-\x1f][^/\\\x00-\x1f]*$",
         max_length=200,
     )
-    model: Literal["plain", "gan", "spsr"] = Field(
-        "plain", description="plain = pixel losses, gan = adversarial, spsr = with a second netD, on gradient maps"
+    model: Literal["plain", "gan", "spsr", "dm", "ranker"] = Field(
+        "plain",
+        description="plain = pixel losses, gan = adversarial, spsr = with a netD on gradient maps too, dm = diffusion, "
+        "ranker = trains netR alone",
     )
     gpu_ids: list[Count] | None = Field(None, description="GPUs by number, one process each (torchrun); null = all")
     scale: Annotated[int, Field(ge=1, le=8)] = Field(4, description="upscaling factor, for networks and data alike")
     n_channels: Channels = Field(3, description="1 = gray, 3 = RGB, for networks and data alike")
     path: PathOptions = Field(PathOptions(), description="where the run lives and what it starts from")
     datasets: dict[str, DatasetOptions] = Field({}, description='"train" and any number of "test..." or "val..." sets')
-    netG: NetG = Field(description="the generator")
+    netG: NetG | None = Field(None, description="the generator (all models but ranker)")
     netD: NetD | None = Field(None, description="the discriminator (models gan and spsr)")
-    netR: RankerOptions | None = Field(None, description="the ranker (train.rank_weight > 0)")
+    netR: RankerOptions | None = Field(None, description="the ranker (train.rank_weight > 0, model ranker)")
+    diffusion: Diffusion | None = Field(None, description="the diffusion process (model dm)")
+    autoencoder: AutoencoderOptions = Field(AutoencoderOptions(), description="where diffusion happens (model dm)")
     train: TrainOptions = Field(TrainOptions(), description="losses, optimizers, schedule, checkpoints")
     test: TestOptions = Field(TestOptions(), description="validation and testing")
     is_train: bool = Field(True, description="filled in")
@@ -461,6 +676,8 @@ class NetworkOptions(Section):
     is_train: bool = False
     netG: NetG | None = None
     netD: NetD | None = None
+    diffusion: Diffusion | None = None
+    autoencoder: AutoencoderOptions = AutoencoderOptions()
 
 
 # ------------------------------------------------------------------------------ what KAIR and the original SSL wrote
@@ -534,10 +751,14 @@ def _translate(raw: dict[str, Any], source: str) -> list[str]:
     return unused
 
 
-def _network_classes(union: Any) -> dict[str, type[Section]]:
-    """``net_type`` -> class of its options."""
+# Sections of which one key says what the others are.
+_UNIONS = {"netG": (NetG, "net_type"), "netD": (NetD, "net_type"), "diffusion": (Diffusion, "type")}
+
+
+def _network_classes(union: Any, tag: str = "net_type") -> dict[str, type[Section]]:
+    """What ``tag`` may say -> class of the options that it stands for."""
     classes = union.__origin__.__args__
-    return {name: cls for cls in classes for name in cls.model_fields["net_type"].annotation.__args__}
+    return {name: cls for cls in classes for name in cls.model_fields[tag].annotation.__args__}
 
 
 def _network_fields(union: Any, net_type: Any) -> Mapping[str, Any]:
@@ -614,12 +835,12 @@ def _fields_at(location: tuple[Any, ...]) -> Iterable[str]:
     """Names that are valid in the section at ``location``."""
     section: Any = Options
     for part in location:
-        if part in ("netG", "netD") and section is Options:
-            section = NetG if part == "netG" else NetD
+        if part in _UNIONS and section is Options:
+            section, tag = _UNIONS[part]
         elif part == "netR" and section is Options:
             section = RankerOptions
-        elif section in (NetG, NetD):
-            section = _network_classes(section)[part]
+        elif section in (NetG, NetD, Diffusion):
+            section = _network_classes(section, tag)[part]
         elif section is Options and part == "datasets":
             section = dict
         elif section is dict:
@@ -638,7 +859,7 @@ def _nearest(name: Any, valid: Iterable[str]) -> str:
 def _explain(error: Any) -> str:
     """One line for one of pydantic's findings: full key path, what is wrong, the remedy."""
     location = tuple(error["loc"])
-    shown = [str(p) for i, p in enumerate(location) if not (i == 1 and location[0] in ("netG", "netD"))]
+    shown = [str(p) for i, p in enumerate(location) if not (i == 1 and location[0] in _UNIONS)]
     # pydantic names the branch of a union it tried last; the key path ends before it.
     shown = [
         p for p in shown if not re.match(r"(int|float|str|list|constrained|function|literal)[\[(-]|^(int|str)$", p)
@@ -649,11 +870,13 @@ def _explain(error: Any) -> str:
     if kind == "missing":
         return f"{key}: is required and missing"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        valid = _network_classes(NetG if location[0] == "netG" else NetD)
-        given = given.get("net_type") if isinstance(given, dict) else given
+        union, tag = _UNIONS[location[0]]
+        valid = _network_classes(union, tag)
+        given = given.get(tag) if isinstance(given, dict) else given
         if kind == "union_tag_not_found":
-            return f"{key}.net_type: is required and missing; valid are: {', '.join(sorted(valid))}"
-        return f"{key}.net_type: {given!r} is not a network of this program; {_nearest(given, valid)}"
+            return f"{key}.{tag}: is required and missing; valid are: {', '.join(sorted(valid))}"
+        what = "process" if key == "diffusion" else "network"
+        return f"{key}.{tag}: {given!r} is not a {what} of this program; {_nearest(given, valid)}"
     if kind == "literal_error":
         names = re.findall(r"'([^']*)'", error["ctx"]["expected"])
         remedy = _nearest(given, names) if names else error["msg"].replace("Input should", "it must")
@@ -713,15 +936,15 @@ def _with_checkpoint(opt: Options, source: str) -> Options:
 
     The scale and the channels are then the checkpoint's, unless the options state them.
     """
-    if not isinstance(opt.netG, SpandrelOptions):
+    netG, path = opt.netG, opt.path.pretrained_netG
+    if not isinstance(netG, SpandrelOptions):
         return opt
-    path = opt.path.pretrained_netG
-    if opt.netG.path not in (None, path):
-        raise UserError(f"{source}: netG.path: {opt.netG.path} contradicts path.pretrained_netG {path}; remove it")
+    if netG.path not in (None, path):
+        raise UserError(f"{source}: netG.path: {netG.path} contradicts path.pretrained_netG {path}; remove it")
     if opt.is_train and not (path and Path(path).is_file()) and (own := _newest(opt.task_dir, "G")):
         path = str(own)
         opt = opt.model_copy(update={"path": opt.path.model_copy(update={"pretrained_netG": path})})
-    update: dict[str, Any] = {"netG": opt.netG.model_copy(update={"path": path})}
+    update: dict[str, Any] = {"netG": netG.model_copy(update={"path": path})}
     left_open = {"scale", "n_channels"} - opt.model_fields_set
     given = Path(path) if path else opt.task_dir
     file = given if given.is_file() else _newest(given, "EG")
@@ -756,23 +979,37 @@ def patch_size(data: DatasetOptions) -> int:
     return data.H_size
 
 
+def fidelity_weight(train: TrainOptions) -> float:
+    """The sum of what ModelSR.fidelity_terms weighs, but for the perceptual loss."""
+    weighed = ("G_lossfn", "lpips", "gradient", "branch", "ldl", "best_buddy", "back_projection", "rank")
+    return sum(train[f"{name}_weight"] for name in (*weighed, "ssl_l1", "ssl_kl"))
+
+
 def _problems(opt: Options) -> Iterator[str]:
     """What is valid key by key but cannot work together: the first of these is the error."""
     train, data = opt.train, opt.train_set
+    for name in opt.test_sets:
+        if not re.fullmatch(r"(test|val)[^/\\.\x00-\x1f]*", name):  # it becomes part of a file's name
+            yield f"datasets.{name}: a set is called train, or its name begins with test or val, without / or dot"
+    if opt.model == "ranker":
+        yield from _ranker_problems(opt)
+        return
+    if opt.netG is None:
+        yield "netG: is required and missing"
+        return
     scales = {
         "rrdbnet_basicsr": (1, 2, 4),
         "srvgg_compact": range(1, 9),
         "swinir": (1, 2, 3, 4, 8),
         "elan": range(1, 9),
         "spandrel": range(1, 9),
-    }.get(opt.netG.net_type, (2, 3, 4))
+    }.get(opt.netG.net_type, range(1, 9) if isinstance(opt.netG, DiffusionNetwork) else (2, 3, 4))
     if opt.scale not in scales:
         yield f"scale: {opt.netG.net_type} is made for scales {', '.join(map(str, scales))}, not {opt.scale}"
-    for name in opt.test_sets:
-        if not re.fullmatch(r"(test|val)[^/\\.\x00-\x1f]*", name):  # it becomes part of a file's name
-            yield f"datasets.{name}: a set is called train, or its name begins with test or val, without / or dot"
     for name, d in opt.datasets.items():
         key = f"datasets.{name}"
+        if d.dataset_type == "rank":
+            yield f"{key}.dataset_type: rank is for model ranker, not {opt.model}"
         if name == "train" and d.dataset_type == "l":
             yield f"{key}.dataset_type: l has no ground truth to train on; use sr, blindsr or plain"
         if d.dataset_type == "l" and d.dataroot_L is None:
@@ -787,6 +1024,35 @@ def _problems(opt: Options) -> Iterator[str]:
             yield f"{key}.H_size: {d.H_size} must be divisible by scale {opt.scale}"
         if d.lq_patchsize and d.lq_patchsize * opt.scale > d.H_size:
             yield f"{key}.lq_patchsize: {d.lq_patchsize} x scale {opt.scale} is larger than H_size {d.H_size}"
+    if (opt.model == "dm") != isinstance(opt.netG, DiffusionNetwork):
+        of_dm = [name for name, cls in _network_classes(NetG).items() if issubclass(cls, DiffusionNetwork)]
+        yield (
+            f"netG.net_type: {opt.netG.net_type} is no network for model {opt.model}; those of model dm are: "
+            f"{', '.join(sorted(of_dm))}"
+        )
+    if opt.model == "dm":
+        if opt.diffusion is None:
+            yield "diffusion: is required for model dm: the process, of type resshift, ddpm or onestep"
+            return
+        if (opt.autoencoder.type == "pixel") != (opt.autoencoder.path is None):
+            yield f"autoencoder.path: {opt.autoencoder.path}: type pixel has none, types vq and kl need one"
+        if opt.autoencoder.type != "pixel" and opt.n_channels != 3:
+            yield f"n_channels: autoencoder.type {opt.autoencoder.type} is for RGB images, 3, not {opt.n_channels}"
+        if isinstance(opt.netG, ResShiftUNetOptions) and opt.netG.cond_lq and opt.n_channels != 3:
+            yield f"n_channels: resshift_unet_swin looks at an RGB image, 3 channels, not {opt.n_channels}"
+        if isinstance(opt.netG, UNet2DOptions) and opt.netG.residual and opt.diffusion.type == "ddpm":
+            yield "netG.residual: diffusion.type ddpm predicts noise, not what y lacks; set it to false"
+        process = {"stablesr": "ddpm", "sd_lora": "onestep"}.get(opt.netG.net_type, opt.diffusion.type)
+        if opt.diffusion.type != process:
+            yield f"diffusion.type: {opt.netG.net_type} is made for {process}, not {opt.diffusion.type}"
+        t = opt.diffusion.timestep if isinstance(opt.diffusion, OneStepOptions) else 0
+        if opt.netG.net_type == "sd_lora" and t > 999:
+            yield f"diffusion.timestep: Stable Diffusion has times 0 to 999, not {t}"
+        count, wanted = getattr(opt.diffusion, "steps", 1), opt.diffusion.sample_steps
+        if wanted and wanted > count:
+            yield f"diffusion.sample_steps: {wanted} must not exceed the process's steps, {count}"
+    elif opt.diffusion is not None:
+        yield f"diffusion: is for model dm, not {opt.model}; remove it, or set model"
     if opt.test.tile and opt.test.tile_overlap >= opt.test.tile:
         yield f"test.tile_overlap: {opt.test.tile_overlap} must be smaller than test.tile {opt.test.tile}"
     if not opt.is_train:
@@ -796,7 +1062,15 @@ def _problems(opt: Options) -> Iterator[str]:
         return
     if opt.netG.net_type == "spandrel" and opt.netG.path is None:
         yield "path.pretrained_netG: is required for net_type spandrel: the checkpoint that the network is built from"
-    gives_H_usm = data.use_sharp and data.dataset_type.startswith("blind") and "realesrgan" in data.degradation_type
+    yield from _dm_problems(opt)
+    is_blind = data.dataset_type.startswith("blind")
+    if data.degradation_device == "gpu" and not is_blind:
+        yield "datasets.train.degradation_device: gpu is for dataset_type blindsr; remove it"
+    if data.pair_pool and data.degradation_device == "cpu":
+        yield "datasets.train.pair_pool: is for degradation_device gpu; set it, or pair_pool to 0"
+    if data.pair_pool % data.dataloader_batch_size:
+        yield f"datasets.train.pair_pool: {data.pair_pool} must divide by the batch, {data.dataloader_batch_size}"
+    gives_H_usm = data.use_sharp and is_blind and not data.degradation_type.startswith("bsrgan")
     for name in ("l1_gt_usm", "percep_gt_usm"):
         if train[name] and not gives_H_usm:
             yield f"train.{name}: needs datasets.train.use_sharp and degradation_type realesrgan, which make H_usm"
@@ -813,10 +1087,7 @@ def _problems(opt: Options) -> Iterator[str]:
     margin = train.kernel_size_search // 2 + (train.kernel_size_window // 2 if train.search_border == "image" else 0)
     if with_ssl and size <= margin:
         yield f"train.kernel_size_search: {train.kernel_size_search} needs patches larger than {margin} px, not {size}"
-    for side in "GD":
-        betas = getattr(train, f"{side}_optimizer_betas")
-        if not all(0 <= b < 1 and math.isfinite(b) for b in betas):
-            yield f"train.{side}_optimizer_betas: each must lie in [0, 1), not {betas}"
+    yield from _betas_problems(train, "GD")
     layers = train.F_feature_layer if isinstance(train.F_feature_layer, list) else [train.F_feature_layer]
     weights = train.F_weights if isinstance(train.F_weights, list) else [train.F_weights]
     if len(layers) != len(weights):
@@ -844,12 +1115,12 @@ def _problems(opt: Options) -> Iterator[str]:
             yield "path.pretrained_netR: is required for train.rank_weight > 0: the trained ranker"
         if size < 32:
             yield f"train.rank_weight: the ranker needs patches of at least 32 pixels, not {size}"
-    # The sum of what ModelBase.fidelity_terms weighs, but for the perceptual loss.
-    weighed = ("G_lossfn", "gradient", "branch", "ldl", "best_buddy", "back_projection", "rank", "ssl_l1", "ssl_kl")
-    fidelity = sum(train[f"{name}_weight"] for name in weighed)
+    fidelity = fidelity_weight(train)
     if opt.model == "plain" and not fidelity:
         yield "train.G_lossfn_weight: all losses of the generator have weight 0: nothing to train"
-    if opt.model != "plain":
+    if opt.model == "dm" and not (fidelity or train.F_lossfn_weight or train.dm_weight):
+        yield "train.dm_weight: all losses of the generator have weight 0: nothing to train"
+    if opt.model in ("gan", "spsr"):
         if not (fidelity or train.F_lossfn_weight or train.D_lossfn_weight or train.gradient_D_lossfn_weight):
             yield "train: all losses of the generator have weight 0: nothing to train"
         if opt.netD is None:
@@ -860,6 +1131,56 @@ def _problems(opt: Options) -> Iterator[str]:
             yield f"netD.input_size: {opt.netD.input_size} takes patches of {opt.netD.input_size} pixels, not {size}"
         elif (only := re.search(r"vgg_(\d+)", opt.netD.net_type)) and int(only[1]) != size:
             yield f"netD.net_type: {opt.netD.net_type} takes patches of {only[1]} pixels, not {size}"
+
+
+def _betas_problems(train: TrainOptions, sides: str) -> Iterator[str]:
+    for side in sides:
+        betas = train[f"{side}_optimizer_betas"]
+        if not all(0 <= b < 1 and math.isfinite(b) for b in betas):
+            yield f"train.{side}_optimizer_betas: each must lie in [0, 1), not {betas}"
+
+
+def _ranker_problems(opt: Options) -> Iterator[str]:
+    """As _problems, of model ranker."""
+    if not opt.is_train:
+        yield "model: a ranker restores no images; it is for path.pretrained_netR of a generator's training"
+    if opt.netR is None:
+        yield "netR: is required for model ranker (ranker_vgg12)"
+    if opt.train_set is None:
+        yield "datasets.train: is required for training"
+    for name, data in opt.datasets.items():
+        key, folders = f"datasets.{name}", data.dataroot_ranked
+        if data.dataset_type != "rank":
+            yield f"{key}.dataset_type: model ranker learns from rank, not {data.dataset_type}"
+        if (folders is None) == (data.rank_csv is None):
+            yield f"{key}.dataroot_ranked: give either this, folders of results with the best first, or rank_csv"
+        if folders is not None and len({Path(folder) for folder in folders}) < max(2, len(folders)):
+            yield f"{key}.dataroot_ranked: takes two folders or more, the best first, each once, not {folders}"
+        if data.degradation_device == "gpu" or data.pair_pool:
+            yield f"{key}.degradation_device: gpu, and pair_pool, are for dataset_type blindsr; remove them"
+        if name == "train" and data.H_size < 32:
+            yield f"{key}.H_size: the ranker needs patches of at least 32 pixels, not {data.H_size}"
+    yield from _betas_problems(opt.train, "R")
+    yield from _dm_problems(opt)
+
+
+def _dm_problems(opt: Options) -> Iterator[str]:
+    """As _problems: what training a diffusion model needs, and what only it can have."""
+    train, micro = opt.train, opt.train.micro_batch
+    if train.G_scheduler_type == "CosineAnnealingLR":
+        if train.iterations is None:
+            yield "train.iterations: is required for CosineAnnealingLR, which ends there"
+        elif train.G_scheduler_warmup >= train.iterations:
+            yield f"train.G_scheduler_warmup: {train.G_scheduler_warmup}: iterations, {train.iterations}, must be more"
+    if opt.model != "dm":
+        if train.precision != "fp32" or micro:
+            yield f"train.{'micro_batch' if micro else 'precision'}: is for model dm, not {opt.model}; remove it"
+        return
+    for name in ("ldl", "branch", "rank", "D_lossfn", "gradient_D_lossfn"):
+        if train[f"{name}_weight"]:
+            yield f"train.{name}_weight: model dm has no such loss; set it to 0"
+    if micro and train.G_lossfn_type == "l2sum":
+        yield "train.micro_batch: l2sum is a sum over the batch, which pieces would change; use l2"
 
 
 def parse(path: str | Path, is_train: bool = True, overrides: Iterable[str] = ()) -> Options:
@@ -891,7 +1212,7 @@ def parse(path: str | Path, is_train: bool = True, overrides: Iterable[str] = ()
         update={
             "unused": unused,
             "datasets": {name: _filled_in(name, data, opt, source) for name, data in opt.datasets.items()},
-            "netG": _with_top(opt.netG, opt, "netG", source),
+            "netG": opt.netG and _with_top(opt.netG, opt, "netG", source),
             "netD": opt.netD and _with_top(opt.netD, opt, "netD", source),
             "netR": opt.netR and _with_top(opt.netR, opt, "netR", source),
         }

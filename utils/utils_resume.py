@@ -24,8 +24,8 @@ class Saved(Protocol):
     def load(self, folder: Path, step: int) -> None: ...
 
 
-def saved_steps(folder: Path, network: str = "G") -> list[int]:
-    """Steps with a file ``{step}_{network}.pth`` in the folder, the newest first."""
+def saved_steps(folder: Path, network: str = "[GR]") -> list[int]:
+    """Steps with a file ``{step}_{network}.pth`` in the folder, the newest first; [GR] = what a run trains."""
     found = (re.fullmatch(rf"(\d+)_{network}\.pth", path.name) for path in folder.glob(f"*_{network}.pth"))
     return sorted((int(match[1]) for match in found if match), reverse=True)
 
@@ -44,7 +44,7 @@ def _problem(paths: Iterable[Path]) -> str:
 
 
 class Checkpoints:
-    """The folder ``models`` of a run: ``{step}_{G,E,D,optimizerG,optimizerD}.pth`` and ``{step}_state.json``.
+    """The folder ``models`` of a run: ``{step}_{G,E,D,R,optimizerG,...}.pth`` and ``{step}_state.json``.
 
     The state holds the seed and the best score; with the step and the seed, everything random in a run is known.
 
@@ -96,16 +96,16 @@ class Checkpoints:
             )
         return 0
 
-    def save(self, model: Saved, step: int, seed: int, psnr: float | None) -> None:
+    def save(self, model: Saved, step: int, seed: int, score: float | None) -> None:
         """Write a checkpoint, the state last; then drop old ones if asked to, never the best.
 
         Args:
-            psnr: the score of this step in dB, if it was validated.
+            score: of this step, if it was validated: PSNR in dB, or a ranker's share of pairs in order.
         """
         model.save(self.folder, step)
-        best = self.state.get("best_psnr")
-        if psnr is not None and (best is None or psnr >= best):
-            self.state.update(best_psnr=psnr, best_step=step)
+        best = self.state.get("best_score")
+        if score is not None and (best is None or score >= best):
+            self.state.update(best_score=score, best_step=step)
         self.state.update(step=step, seed=seed)
         save_json(self.state, self.folder / f"{step}_state.json")
         logger.info("saved step %d in %s", step, self.folder)

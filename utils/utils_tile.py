@@ -1,6 +1,7 @@
 """Run a generator over an image of any size, whole or in overlapping tiles."""
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,13 @@ class _Span(NamedTuple):
     stop: int
     first: int
     last: int
+
+
+@runtime_checkable
+class RestoresItself(Protocol):
+    """A network that goes about images of any size, and tiles, in its own way: models.sampler.DiffusionSampler."""
+
+    def restore(self, L: Tensor, tile: int, tile_overlap: int) -> Tensor: ...
 
 
 def check_tile(tile: int, tile_overlap: int, size_multiple: int = 1) -> None:
@@ -48,13 +56,65 @@ def _spans(size: int, tile: int, overlap: int, multiple: int) -> list[_Span]:
     return [_Span(*span) for span in zip(starts, stops, [0, *seams], [*seams, size], strict=True)]
 
 
+def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
+    """Extend (N, C, H, W) at the bottom and right to sides that divide by ``multiple``, by reflection if they can."""
+    h, w = image.shape[-2:]
+    bottom, right = -h % multiple, -w % multiple
+    if not (bottom or right):
+        return image
+    # Reflection needs more pixels than it adds.
+    return F.pad(image, (0, right, 0, bottom), mode="reflect" if bottom < h and right < w else "replicate")
+
+
+def blend_tiles(
+    function: Callable[..., Tensor], images: Sequence[Tensor], tile: int, tile_overlap: int, multiple: int = 1
+) -> Tensor:
+    """Apply a function to images piece by piece; where pieces overlap, the mean weighted by a Gaussian of each piece.
+
+    The Gaussian's deviation is a tenth of the piece's side, as in StableSR and in Mixture of Diffusers
+    (arXiv 2302.02412): a piece counts at its middle, where it has seen what is around.
+
+    Args:
+        function: of pieces of ``images``, one of each, to a (N, C', h', w') as many times larger than the first.
+        images: (N, C, H, W), different ones of one scene; the sides of the others are multiples of the first's.
+        tile: side of the pieces, in pixels of the first; 0, or as large as the image = all of it at once.
+        tile_overlap: overlap of neighbouring pieces, less than ``tile``.
+        multiple: pieces start at multiples of this.
+    """
+    height, width = images[0].shape[-2:]
+    rows, columns = (_spans(size, tile, tile_overlap, multiple) for size in (height, width))
+    if len(rows) == len(columns) == 1:
+        return function(*images)
+    total: Tensor | None = None
+    for y in rows:
+        for x in columns:
+            piece = function(*(_cut(image, y, x, image.shape[-1] / width) for image in images))
+            weight = _gaussian(piece.shape[-2]).outer(_gaussian(piece.shape[-1])).to(piece)
+            if total is None:
+                factor = piece.shape[-1] / (x.stop - x.start)
+                total = piece.new_zeros(*piece.shape[:2], round(height * factor), round(width * factor))
+                weights = piece.new_zeros(total.shape[-2:])
+            _cut(total, y, x, factor).add_(piece * weight)
+            _cut(weights, y, x, factor).add_(weight)
+    assert total is not None
+    return total / weights
+
+
+def _cut(image: Tensor, y: _Span, x: _Span, factor: float) -> Tensor:
+    """The piece that a tile reads, of an image that is ``factor`` times larger than what the tiles were laid over."""
+    rows, columns = (slice(round(span.start * factor), round(span.stop * factor)) for span in (y, x))
+    return image[..., rows, columns]
+
+
+def _gaussian(size: int) -> Tensor:
+    """(size,), 1 at the middle."""
+    return (-0.5 * ((torch.arange(size) - (size - 1) / 2) / (0.1 * size)) ** 2).exp()
+
+
 def _enlarge(netG: nn.Module, L: Tensor, scale: int, multiple: int) -> Tensor:
     """One call of the network on sizes that it takes: extended at the bottom and right, the result cropped."""
     h, w = L.shape[-2:]
-    bottom, right = -h % multiple, -w % multiple
-    if bottom or right:
-        # Reflection needs more pixels than it adds.
-        L = F.pad(L, (0, right, 0, bottom), mode="reflect" if bottom < h and right < w else "replicate")
+    L = pad_to_multiple(L, multiple)
     output = netG(L)
     E: Tensor = getattr(output, "E", output)  # SPSR returns its gradient maps too
     if E.shape[-2:] != (L.shape[-2] * scale, L.shape[-1] * scale):
@@ -72,6 +132,8 @@ def restore(netG: nn.Module, L: Tensor, scale: int, tile: int = 0, tile_overlap:
     divide by some number, or whose response repeats with it (windows, pixel-unshuffle), says so in an attribute
     ``size_multiple``: sizes are extended to it by reflection and tiles start at multiples of it.
 
+    A network with a method ``restore(L, tile, tile_overlap)`` of its own (diffusion) does all of this itself.
+
     Args:
         netG: the generator, in the mode (``eval``) and on the device that the caller wants.
         L: (N, C, h, w) in [0, 1], of any size from 1 x 1.
@@ -86,6 +148,8 @@ def restore(netG: nn.Module, L: Tensor, scale: int, tile: int = 0, tile_overlap:
         UserError: ``tile`` is too small for ``tile_overlap``.
         ValueError: the network does not enlarge by ``scale``.
     """
+    if isinstance(netG, RestoresItself):
+        return netG.restore(L, tile, tile_overlap)
     multiple = int(getattr(netG, "size_multiple", 1))
     check_tile(tile, tile_overlap, multiple)
     h, w = L.shape[-2:]

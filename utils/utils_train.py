@@ -18,13 +18,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from utils import utils_dist
+from utils.utils_degrade import Degrader
 from utils.utils_error import ArgumentParser, UserError
 from utils.utils_loader import EndlessBatchSampler, batches, training_loader
 from utils.utils_logger import Progress, close_file, setup
 from utils.utils_option import DatasetOptions, Options, parse, patch_size
 from utils.utils_resume import Checkpoints
 from utils.utils_run import run_facts, save_json
-from utils.utils_validate import validate
+from utils.utils_validate import validate, validate_ranker
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ def training_options(description: str | None, models: Sequence[str], argv: Seque
     arguments = parser.parse_intermixed_args(argv)  # overrides may stand before --opt and after it
     opt = parse(arguments.opt, is_train=True, overrides=arguments.override)
     if opt.model not in models:
-        script = "main_train_psnr.py" if opt.model == "plain" else "main_train_gan.py"
+        scripts = {"plain": "main_train_psnr.py", "dm": "main_train_dm.py", "ranker": "main_train_ranker.py"}
+        script = scripts.get(opt.model, "main_train_gan.py")
         raise UserError(f"{arguments.opt}: model is {opt.model!r}: train it with {script}")
     return opt
 
@@ -95,6 +97,7 @@ class _Run:
     step: int  # done already
     model: Model
     loader: DataLoader
+    degrade: Degrader | None  # where the data set gives H alone
     test_sets: dict[str, Dataset]
     checkpoints: Checkpoints
 
@@ -134,13 +137,15 @@ def _prepare(opt: Options, define_Model, define_Dataset, check_dataset, device: 
 
     images, batch = len(train_set), data.dataloader_batch_size
     logger.info("%s on %s: %s", opt.task, device, model.describe())
+    kind = "pairs of images" if opt.model == "ranker" else "images"
     logger.info(
-        f"{images} images, batch {batch} = {world_size} x {batch // world_size} patches of {patch_size(data)} px, "
+        f"{images} {kind}, batch {batch} = {world_size} x {batch // world_size} patches of {patch_size(data)} px, "
         f"seed {seed}, {f'resumed at step {step}' if step else 'from the start'}"
     )
     sampler = EndlessBatchSampler(images, batch, seed, data.dataloader_shuffle, step, rank, world_size)
     loader = training_loader(train_set, sampler, data.dataloader_num_workers, pin_memory=device.type == "cuda")
-    return _Run(opt, device, seed, step, model, loader, test_sets, checkpoints)
+    degrade = Degrader(data, device) if data.degradation_device == "gpu" else None
+    return _Run(opt, device, seed, step, model, loader, degrade, test_sets, checkpoints)
 
 
 def _loop(run: _Run, stop: "_StopSignals") -> None:
@@ -167,7 +172,7 @@ def _steps(run: _Run, loaded: Iterable[dict[str, Any]], stop: "_StopSignals", pr
         # Reseeded for each step: so a resumed run needs no saved generator states to equal the uninterrupted one.
         torch.manual_seed(hash((run.seed, step, utils_dist.rank())) % 2**63)
         model.update_learning_rate(step)
-        model.feed_data(batch)
+        model.feed_data(run.degrade(batch) if run.degrade else batch)
         model.optimize_parameters(step)
         progress.step_done(model.current_log())
 
@@ -190,9 +195,15 @@ def _steps(run: _Run, loaded: Iterable[dict[str, Any]], stop: "_StopSignals", pr
 
 
 def _validate(run: _Run, step: int, progress: Progress) -> float | None:
-    """Validate on every set; -> the PSNR of the first, by which the best checkpoint is kept."""
+    """Validate on every set; -> the first's PSNR or share of pairs in order, by which the best checkpoint is kept."""
     scores = []
     for name, test_set in run.test_sets.items():
+        if run.opt.model == "ranker":
+            in_order = validate_ranker(run.model, test_set, run.device)
+            progress.scalars(f"val/{name}", {"in_order": in_order})
+            logger.info("step %d %s: %.2f %% of the pairs in order", step, name, 100 * in_order)
+            scores.append(in_order)
+            continue
         grid = run.opt.task_dir / "images" / f"{name}_{step:08d}.png"
         result = validate(run.model, test_set, run.opt.scale, grid, run.opt.test.images, run.device)
         progress.scalars(f"val/{name}", result)
@@ -210,6 +221,8 @@ def _check_paths(opt: Options) -> None:
         "dataroot_H": f"your ground-truth images {images}",
         "dataroot_L": f"your low-quality images {images}",
         "dataroot_H_mask": "your edge masks (.mat or .png)",
+        "dataroot_ranked": f"results of one method {images}",
+        "rank_csv": "results.csv of main_test.py and the images beside it",
     }
     for name, data in opt.datasets.items():
         for key, content in what.items():
@@ -220,11 +233,12 @@ def _check_paths(opt: Options) -> None:
                     raise UserError(f"{key_path}: there is no {root}; put {content} there, or set {key_path}=FOLDER")
     for key in ("pretrained_netG", "pretrained_netD", "pretrained_netE", "pretrained_netF"):
         path = opt.path[key]
-        needed = {"pretrained_netD": opt.model != "plain", "pretrained_netF": opt.train.F_lossfn_weight > 0}.get(
-            key, True
-        )
+        needed = {
+            "pretrained_netD": opt.model in ("gan", "spsr"),
+            "pretrained_netF": opt.train.F_lossfn_weight > 0,
+        }.get(key, True)
         if path and needed and not Path(path).is_file():
-            if key == "pretrained_netG" and opt.netG.net_type == "spandrel":
+            if key == "pretrained_netG" and opt.netG and opt.netG.net_type == "spandrel":
                 raise UserError(f"path.{key}: there is no file {path}; put it there: the network is built from it")
             else_ = {"pretrained_netG": "random weights", "pretrained_netF": "torch's own cache"}.get(key, "without it")
             raise UserError(f"path.{key}: there is no file {path}; put it there, or set path.{key}=null: {else_}")

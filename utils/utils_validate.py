@@ -1,4 +1,4 @@
-"""Validation while training: PSNR and SSIM over a set, and a grid of images to look at."""
+"""Validation while training: PSNR and SSIM over a set, and a grid of images to look at; of a ranker, pairs in order."""
 
 import logging
 from pathlib import Path
@@ -21,7 +21,7 @@ def validate(
     """Mean PSNR (dB) and SSIM of a model over a set: RGB, 8 bit, border = scale; the processes share the images.
 
     Args:
-        model: a ``models.model_base.ModelBase``.
+        model: a ``models.model_base.ModelSR``.
         test_set: items with L and H; items without H, or too small for SSIM, are restored for the grid only.
         grid: PNG to write, one row an image: L (pixels repeated), E and H where there is one.
         images: rows of the grid.
@@ -44,6 +44,22 @@ def validate(
         imsave(_stack(rows), str(grid))
     count = sums.pop("count")
     return {name: value / count for name, value in sums.items()} if count else {}
+
+
+def validate_ranker(model: Any, test_set: Dataset, device: torch.device) -> float:
+    """The share of a set's pairs that a ranker puts in order; the processes share the pairs.
+
+    Args:
+        model: a ``models.model_ranker.ModelRanker``.
+        test_set: items with better and worse.
+    """
+    sums = {"in_order": 0.0, "count": 0.0}
+    for batch in one_by_one(test_set, utils_dist.rank(), utils_dist.world_size()):
+        model.feed_data(batch)
+        sums["in_order"] += model.test().sum().item()
+        sums["count"] += 1
+    sums = utils_dist.total(sums, device)
+    return sums["in_order"] / sums["count"]
 
 
 def _row(shown: dict[str, np.ndarray], size: int = 192) -> np.ndarray:

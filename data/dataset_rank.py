@@ -1,0 +1,25 @@
+"""Two results of one scene, the better and the worse, to train a ranker."""
+
+import numpy as np
+
+from data.dataset_base import DatasetBase
+from data.files import Files
+from data.patches import random_window
+from utils.utils_image import Array, imread_uint, uint2single
+
+
+class DatasetRank(DatasetBase):
+    """``rank``: items with tensors ``better`` and ``worse`` (C, h, w), RGB in [0, 1], the same place in both.
+
+    Every two results of a scene make an item, their paths in ``H_path`` and ``L_path``.
+    """
+
+    def make_images(self, files: Files, rng: np.random.Generator) -> dict[str, Array]:
+        assert files.L is not None
+        n_channels = self.opt.n_channels
+        images = {"better": imread_uint(files.H, n_channels), "worse": imread_uint(files.L, n_channels)}
+        if self.is_train:
+            window = random_window(images["better"].shape, self.opt.H_size, rng)
+            images = {name: window.cut(img) for name, img in images.items()}
+        images = {name: uint2single(img) for name, img in images.items()}
+        return self.augment(images, rng) if self.is_train else images

@@ -1,0 +1,77 @@
+"""Many images in one file: an LMDB folder, BasicSR's and KAIR's form, that reads like a folder of images.
+
+``X.lmdb`` holds ``data.mdb``, whose keys are the images' names without suffix (``sub/0001``) and whose values are whole
+encoded files, and ``meta_info.txt``, a line ``sub/0001.png (height,width,channels) 1`` for each. Elsewhere in this
+project such an image has the path ``X.lmdb/sub/0001.png``. Needs the package lmdb (``requirements-extra.txt``).
+"""
+
+import os
+from typing import Any
+
+from utils.utils_error import UserError
+
+META = "meta_info.txt"
+_open: dict[str, Any] = {}  # this process's, by folder
+
+
+def import_lmdb() -> Any:
+    """The package, or a UserError that says how to get it."""
+    try:
+        import lmdb
+    except ImportError as error:
+        raise UserError(
+            "LMDB folders need the package lmdb: pip install -r requirements-extra.txt, or name a plain folder"
+        ) from error
+    return lmdb
+
+
+def split_path(path: str | os.PathLike[str]) -> tuple[str, str] | None:
+    """``X.lmdb/sub/0001.png`` to ``("X.lmdb", "sub/0001")``; None for any other path."""
+    path = os.fspath(path).replace(os.sep, "/")
+    folder, found, name = path.partition(".lmdb/")
+    return (f"{folder}.lmdb", os.path.splitext(name)[0]) if found else None
+
+
+def list_lmdb(folder: str) -> list[str]:
+    """The paths of all images of an LMDB folder, in the order of their keys.
+
+    Raises UserError for a folder without ``meta_info.txt``: it is written last, so the packing was cut short.
+    """
+    try:
+        with open(os.path.join(folder, META), encoding="utf-8") as file:
+            names = [line.rsplit(" (", 1)[0] for line in file.read().splitlines() if line]
+    except OSError as error:
+        raise UserError(
+            f"{folder} has no {META}, so it is not finished: run the command that makes it again "
+            f"(main_prepare_data.py lmdb), or remove it"
+        ) from error
+    return [f"{folder}/{name}" for name in names]
+
+
+def read_lmdb(folder: str, key: str) -> bytes:
+    """The encoded file of ``key``, as it was stored. Raises UserError where there is none."""
+    env = _open.get(folder)
+    if env is None:
+        lmdb = import_lmdb()
+        try:
+            # Without locks and read-ahead: many processes read at random places, none writes.
+            env = lmdb.open(folder, readonly=True, create=False, lock=False, readahead=False, meminit=False)
+        except lmdb.Error as error:
+            raise UserError(f"{folder} cannot be opened as LMDB ({error}): pack it again") from error
+        _open[folder] = env
+    with env.begin() as transaction:
+        value = transaction.get(key.encode())
+    if value is None:
+        raise UserError(f"{folder} holds nothing under the key {key!r}, though {META} names it: pack it again")
+    return value
+
+
+def close_all() -> None:
+    """Close what :func:`read_lmdb` holds open; it opens again by itself."""
+    while _open:
+        _open.popitem()[1].close()
+
+
+# A forked worker must not use what its parent has opened, and could not open it a second time.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=close_all)
