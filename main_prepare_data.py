@@ -1,60 +1,130 @@
-"""Prepare data sets.
+"""Prepare data sets: every step from a folder of photographs to what training and testing read.
 
-python main_prepare_data.py demo    # small train and test sets from the photographs that scikit-image brings
+The data of the SSL paper and its blind test set, for example:
+
+python main_prepare_data.py multiscale --input DF2K_HR OST --output trainsets/DF2K_OST_multiscale
+python main_prepare_data.py subimages --input trainsets/DF2K_OST_multiscale --output trainsets/DF2K_OST
+python main_prepare_data.py masks --input trainsets/DF2K_OST --output trainsets/DF2K_OST_mask
+python main_prepare_data.py lr-bicubic --input trainsets/DF2K_OST --output trainsets/DF2K_OST_x4
+python main_prepare_data.py modcrop --input DIV2K_valid_HR --output testsets/DIV2K100
+python main_prepare_data.py lr-blind --type blind_test --versions 30 --input testsets/DIV2K100 --output DIV2K100_blind
+python main_prepare_data.py check --opt options/train_bsrgan_ssl.json
+
+Folders are read with their sub-folders, which the output repeats. What is finished is skipped: after an interruption
+the same command goes on. A folder filled by another command, or with other settings, is left alone. Images that cannot
+be read are named and left out; the exit status is then 1. It is 2 where nothing could be done.
 """
 
+import inspect
+import os
+from argparse import SUPPRESS, Namespace
+from collections.abc import Sequence
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
+from data.demo import prepare_demo
+from data.pack import pack_lmdb
+from data.prepare import MULTISCALE_PRESETS, STEPS, Multiscale, at_least
+from data.report import Folders, folders_of, report
 from utils.utils_error import ArgumentParser, UserError, run
-from utils.utils_image import imsave
-
-# Public-domain photographs inside the scikit-image package; nothing is downloaded. Gray ones become RGB.
-DEMO_TRAIN = ("astronaut", "brick", "camera", "coins", "grass", "gravel", "hubble_deep_field", "motorcycle", "rocket")
-DEMO_TEST = ("chelsea", "coffee")
+from utils.utils_prepare import Step, prepare
 
 
-def _photograph(name: str) -> np.ndarray:
-    """(H, W, 3) uint8."""
-    from skimage import data
-
-    image = data.stereo_motorcycle()[0] if name == "motorcycle" else getattr(data, name)()
-    return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
-
-
-def prepare_demo(trainsets: Path, testsets: Path, side: int = 192) -> None:
-    """Write ``trainsets/demo``, pieces of ``side`` pixels (fast to read), and ``testsets/demo``, whole photographs.
-
-    Files that are there already are replaced by the same content.
-    """
-    for folder in (trainsets / "demo", testsets / "demo"):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"{folder} cannot be made ({error.strerror}); give another --trainsets, --testsets"
-            ) from error
-    pieces = 0
-    for name in DEMO_TRAIN:
-        image = _photograph(name)
-        for y in range(0, image.shape[0] - side + 1, side):
-            for x in range(0, image.shape[1] - side + 1, side):
-                imsave(image[y : y + side, x : x + side], str(trainsets / "demo" / f"{name}_{y:04d}_{x:04d}.png"))
-                pieces += 1
-    for name in DEMO_TEST:
-        imsave(_photograph(name), str(testsets / "demo" / f"{name}.png"))
-    print(f"{pieces} training pieces in {trainsets / 'demo'}, {len(DEMO_TEST)} test images in {testsets / 'demo'}")
+def _command(commands: Any, name: str, text: str, example: str) -> Any:
+    """A subcommand with ``text`` as its help, of which the list of commands shows the first line."""
+    description = f"{text}\n\npython main_prepare_data.py {name} {example}"
+    parser = commands.add_parser(name, help=text.partition("\n")[0], description=description)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = f"processes (default: one for each core, here {cores})"
+    parser.add_argument("--workers", type=at_least(1), default=cores, metavar="N", help=workers)
+    return parser
 
 
-def main() -> None:
+def _files(parser: Any) -> None:
+    """From folders of images to one folder."""
+    parser.add_argument("--input", nargs="+", required=True, metavar="DIR", help="folders of images, or single ones")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder, or one to go on with")
+    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="say what would be done, write nothing")
+
+
+def _options(parser: Any, step: type[Step]) -> None:
+    """An argument for each field of the step that has a help text; one that is not given is not in the result."""
+    if step is Multiscale:
+        parser.add_argument("--preset", choices=MULTISCALE_PRESETS, default="ssl", help="whose figures (default ssl)")
+    for f in fields(step):  # type: ignore[arg-type]
+        if f.metadata:
+            kind = {"metavar": "N", **f.metadata} if "choices" not in f.metadata else dict(f.metadata)
+            if f.default is not MISSING:
+                default = f.default if not isinstance(f.default, tuple) else " ".join(f"{x:.3g}" for x in f.default)
+                kind["help"] += f" (default {default})"
+            parser.add_argument(f"--{f.name}", default=SUPPRESS, required=f.default is MISSING, **kind)
+
+
+def _step(step: type[Step], args: Namespace) -> Step:
+    given = {f.name: getattr(args, f.name) for f in fields(step) if hasattr(args, f.name)}  # type: ignore[arg-type]
+    return replace(MULTISCALE_PRESETS[args.preset], **given) if step is Multiscale else step(**given)
+
+
+def _arguments(argv: Sequence[str] | None) -> Namespace:
     parser = ArgumentParser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
     demo = commands.add_parser("demo", help="small train and test sets from scikit-image's photographs")
     demo.add_argument("--trainsets", type=Path, default=Path("trainsets"), help="folder for the training set")
     demo.add_argument("--testsets", type=Path, default=Path("testsets"), help="folder for the test set")
-    args = parser.parse_args()
-    prepare_demo(args.trainsets, args.testsets)
+
+    for step in STEPS:
+        command = _command(commands, step.command, inspect.getdoc(step) or "", step.example)
+        _files(command)
+        _options(command, step)
+
+    text = "one LMDB folder that reads like a folder of images\n\nThe files as they are, in BasicSR's and KAIR's form."
+    lmdb = _command(commands, "lmdb", text, "--input DF2K_OST --output DF2K_OST.lmdb")
+    _files(lmdb)
+    lmdb.add_argument("--masks", action="store_true", help="the input is edge masks (.mat or .png)")
+
+    text = """a report on data sets, status 1 where something is the matter
+
+Files that cannot be read, sizes, partners, equal images, and test images that
+are in the training set too. For the data sets of an option file: --opt FILE."""
+    check = _command(commands, "check", text, "--H DF2K_OST --H_mask DF2K_OST_mask --test Set5 Set14")
+    check.add_argument("--opt", metavar="FILE", help="an option file for training, instead of folders")
+    check.add_argument("--H", nargs="+", default=[], metavar="DIR", help="ground truth to train on")
+    check.add_argument("--L", nargs="+", default=[], metavar="DIR", help="its low-quality images")
+    check.add_argument("--H_mask", nargs="+", default=[], metavar="DIR", help="its edge masks")
+    check.add_argument("--scale", type=at_least(1), default=4, metavar="N", help="of L (default 4)")
+    check.add_argument("--H_size", type=at_least(0), default=0, metavar="N", help="name images with a side below this")
+    check.add_argument("--test", nargs="+", default=[], metavar="DIR", help="ground truth of test sets, a set each")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (None = the process's own); returns the exit status.
+
+    Raises:
+        UserError: nothing can be done.
+    """
+    args = _arguments(argv)
+    if args.command == "demo":
+        prepare_demo(args.trainsets, args.testsets)
+        return 0
+    if args.command == "lmdb":
+        return pack_lmdb(args.input, args.output, args.masks, args.workers, args.dry_run)
+    if args.command == "check":
+        return _check(args)
+    step = next(step for step in STEPS if step.command == args.command)
+    return prepare(_step(step, args), args.input, args.output, args.workers, args.dry_run)
+
+
+def _check(args: Namespace) -> int:
+    if bool(args.opt) == bool(args.H or args.test):
+        raise UserError("check: give either --opt FILE or folders, --H DIR, --test DIR or both")
+    if args.opt:
+        return report(folders_of(args.opt), args.workers)
+    sets = [Folders("training set", args.H, args.L, args.H_mask, args.scale, args.H_size)] if args.H else []
+    sets += [Folders(f"test set {folder}", [folder], is_train=False) for folder in args.test]
+    return report(sets, args.workers)
 
 
 if __name__ == "__main__":

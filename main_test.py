@@ -4,17 +4,20 @@ python main_test.py --opt options/test_bsrgan.json
 python main_test.py --opt options/test_bsrgan.json path.pretrained_netG=experiments/bsrgan_ssl test.tile=256
 python main_test.py --model_path experiments/bsrgan_ssl --input testsets/RealSet65 --tile 256
 python main_test.py --model_path psnr=experiments/demo_psnr gan_ssl=experiments/demo_gan_ssl --gt testsets/demo
+python main_test.py --model_path gan=A.pth gan_ssl=B.pth --gt testsets/Set5 testsets/Set14 - \\
+    --input - - testsets/RealSet65 --metrics paper
 
 A model is a checkpoint file or a run's folder (then its newest average, {iter}_E.pth). Without --input, L is made from
-the ground truth by MATLAB bicubic. Images go to OUTPUT/{model}/{set}/{name}.png, beside them results.csv, results.json
-and side_by_side.png; the same command again replaces its own results. OUTPUT is by default the run's folder results/,
-or ./results for several models and for checkpoints outside a run.
+the ground truth by MATLAB bicubic. Several sets are given in order, - where one has no --gt or no --input. Models X and
+X_ssl are compared as without and with SSL. Images go to OUTPUT/{model}/{set}/{name}.png, beside them results.csv,
+results.json, results.md, report.html (to compare by eye, in any browser) and side_by_side.png; the same command again
+replaces its own results. OUTPUT is by default the run's folder results/, or ./results for several models and for
+checkpoints outside a run.
 """
 
 import argparse
 import logging
 import sys
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,18 +29,17 @@ from tqdm import tqdm
 
 from data.check import check_dataset
 from data.select_dataset import define_Dataset
-from models.restorer import Restorer, load_restorer, load_restorer_of, run_folder
+from models.restorer import Restorer, load_restorer, load_restorer_of, run_folder, set_sampling
 from utils.utils_error import ArgumentParser, UserError, run
 from utils.utils_image import imread_uint, imresize, imsave, tensor2uint
 from utils.utils_logger import setup
-from utils.utils_metric import METRICS, describe_metrics, mean_metrics, measure
-from utils.utils_option import DatasetOptions, parse
-from utils.utils_report import check_output, format_table, output_names, side_by_side, write_csv
-from utils.utils_run import run_facts, save_json
+from utils.utils_metrics import GROUPS, METRICS, Measurer, choose
+from utils.utils_option import DatasetOptions, TestOptions, parse
+from utils.utils_report import Report, check_output, output_names
+from utils.utils_run import run_facts
 from utils.utils_tile import check_tile, restore
 
 logger = logging.getLogger(__name__)
-_PICTURE_ROWS = 6
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Job:
     output: Path
     tile: int
     tile_overlap: int
+    metrics: Sequence[str]
+    report_images: int
     device: torch.device
 
 
@@ -57,22 +61,29 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--opt", metavar="FILE", help="option file, JSON with // comments")
     parser.add_argument("override", nargs="*", metavar="key.path=value", help="with --opt, e.g. test.tile=256")
     parser.add_argument("--model_path", nargs="+", metavar="[NAME=]PATH", help="checkpoint files or runs' folders")
-    parser.add_argument("--input", help="folder or image to restore")
-    parser.add_argument("--gt", help="folder or image of ground truth, paired with --input by name")
+    parser.add_argument("--input", nargs="+", help="folders or images to restore; - for a set that has only --gt")
+    parser.add_argument("--gt", nargs="+", help="folders or images of ground truth, paired with --input; - for none")
     parser.add_argument("--scale", type=int, help="needed only where the weights leave it open")
     parser.add_argument("--tile", type=int, help="restore in tiles of this many pixels of L; 0 = whole (default)")
     parser.add_argument("--tile_overlap", type=int, help="overlap of tiles in pixels of L (default 32)")
+    parser.add_argument("--steps", type=int, help="diffusion models: steps of sampling (default as they were trained)")
+    parser.add_argument("--seed", type=int, help="diffusion models: seed of the noise (default as they were trained)")
+    parser.add_argument("--metrics", nargs="+", help=f"of {', '.join(METRICS)}; or {', '.join(GROUPS)}")
+    parser.add_argument("--report_images", type=int, help="images in report.html; 0 = no such file (default 30)")
     parser.add_argument("--output", help="folder for the results")
     parser.add_argument("--param_key", help="which weights of the file; default params_ema, params or all")
     parser.add_argument("--device", help="cpu, cuda or cuda:1; default the first GPU, if any")
     args = parser.parse_args(argv)
     alone = [f"--{name}" for name in ("input", "gt", "scale", "tile", "tile_overlap", "output", "param_key")]
+    alone += ["--steps", "--seed", "--metrics", "--report_images"]
     if (args.opt is None) == (args.model_path is None):
         parser.error("give either --opt FILE or --model_path PATH")
     if args.opt and (given := [name for name in alone if getattr(args, name[2:]) is not None]):
-        parser.error(f"{', '.join(given)}: with --opt these stand in the file, or as test.tile=256, test.output=DIR")
+        parser.error(f"{', '.join(given)}: with --opt these stand in the file, or as test.tile=256, diffusion.seed=1")
     if args.model_path and args.override:
         parser.error(f"{args.override[0]}: options are for --opt only")
+    if args.report_images is not None and args.report_images < 0:
+        parser.error(f"--report_images {args.report_images}: must be 0 or more")
     if args.model_path and not (args.input or args.gt):
         parser.error("give --input FOLDER, --gt FOLDER or both")
     return args
@@ -96,28 +107,60 @@ def _job(args: argparse.Namespace) -> Job:
         if len({data.name for data in sets}) < len(sets):
             raise UserError(f"{args.opt}: datasets: two test sets have one name; give each its own")
         output = Path(opt.test.output) if opt.test.output else opt.task_dir / "results"
-        return Job([load_restorer_of(opt, device)], sets, output, opt.test.tile, opt.test.tile_overlap, device)
+        test = opt.test
+        models = [load_restorer_of(opt, device)]
+        return Job(models, sets, output, test.tile, test.tile_overlap, test.metrics, test.report_images, device)
     tile = args.tile or 0
     tile_overlap = 32 if args.tile_overlap is None else args.tile_overlap
     check_tile(tile, tile_overlap)
-    for root in filter(None, (args.input, args.gt)):
-        if not Path(root).exists():
-            raise UserError(f"{root}: there is no such folder or image")
-    models = [load_restorer(spec, args.scale, args.param_key, device) for spec in args.model_path]
+    pairs = _pairs(args.input, args.gt)
+    models = [load_restorer(spec, args.scale, args.param_key, device, args.steps) for spec in args.model_path]
+    set_sampling(models, args.steps, args.seed)
     first = models[0]
     of_one_run = run_folder(first.checkpoint) if len(models) == 1 else None
     output = Path(args.output) if args.output else (of_one_run or Path()) / "results"
-    source = Path(args.input or args.gt).resolve()
-    dataset = DatasetOptions(
-        name=(source.parent if source.is_file() else source).name or "images",
-        dataset_type="sr" if args.gt else "l",
-        dataroot_L=args.input,
-        dataroot_H=args.gt,
-        phase="test",
-        scale=first.scale,
-        n_channels=first.n_channels,
-    )
-    return Job(models, [dataset], output, tile, tile_overlap, device)
+    sets = [
+        DatasetOptions(
+            name=name,
+            dataset_type="sr" if gt else "l",
+            dataroot_L=input_,
+            dataroot_H=gt,
+            phase="test",
+            scale=first.scale,
+            n_channels=first.n_channels,
+        )
+        for name, (input_, gt) in pairs.items()
+    ]
+    defaults = TestOptions()
+    metrics = choose(args.metrics or defaults.metrics)
+    report_images = defaults.report_images if args.report_images is None else args.report_images
+    return Job(models, sets, output, tile, tile_overlap, metrics, report_images, device)
+
+
+def _pairs(inputs: list[str] | None, gts: list[str] | None) -> dict[str, tuple[str | None, str | None]]:
+    """Set name -> (input, ground truth), either of them None where its place holds "-" or the list is not given."""
+    count = max(len(inputs or ()), len(gts or ()))
+    for given, what in ((inputs, "--input"), (gts, "--gt")):
+        if given is not None and len(given) < count:
+            raise UserError(
+                f"{what}: {len(given)} for {count} test sets; they are paired in order, write - where a set has none"
+            )
+    pairs: dict[str, tuple[str | None, str | None]] = {}
+    for pair in zip(inputs or ["-"] * count, gts or ["-"] * count, strict=True):
+        roots = [Path(root) for root in pair if root != "-"]
+        if not roots:
+            raise UserError("--input, --gt: a test set has - for both; name a folder for one of them")
+        for root in roots:
+            if not root.exists():
+                raise UserError(f"{root}: there is no such folder or image")
+        folder = roots[0].resolve() if roots[0].is_dir() else roots[0].resolve().parent
+        name = folder.name or "images"
+        if name in pairs:
+            name = f"{folder.parent.name}_{name}"
+        if name in pairs:
+            raise UserError(f"{roots[0]}: another test set is called {name} already; rename a folder")
+        pairs[name] = (None if pair[0] == "-" else pair[0]), (None if pair[1] == "-" else pair[1])
+    return pairs
 
 
 def _check_models(models: list[Restorer]) -> None:
@@ -136,73 +179,27 @@ def _check_models(models: list[Restorer]) -> None:
             raise UserError(f"{model.label!r} cannot be the name of a folder; write another as NAME=PATH")
 
 
-def _restore_set(job: Job, data: DatasetOptions, dataset: Any, names: list[str], sheet: dict[str, Any]) -> list[dict]:
-    """Restore and save the images of a set; where there is ground truth, measure them and fill ``sheet``.
-
-    Returns:
-        One row an image and model, for the table and the files.
-    """
-    scale, rows = data.scale, []
-    shown = set(np.linspace(0, len(names) - 1, max(1, _PICTURE_ROWS // len(job.sets))).round().astype(int))
+def _restore_set(job: Job, data: DatasetOptions, dataset: Any, names: list[str], report: Report) -> None:
+    """Restore, save and report the images of a set."""
+    scale = data.scale
     bar = tqdm(names, desc=data.name, unit="image", dynamic_ncols=True, disable=not sys.stderr.isatty())
     for i, name in enumerate(bar):
         item = dataset[i]
         L = item["L"][None].to(job.device)
         bits = 16 if imread_uint(item["L_path"], data.n_channels).dtype == np.uint16 else 8
         H = tensor2uint(item["H"]) if "H" in item else None
-        estimates = {} if H is None else {"bicubic": tensor2uint(imresize(L, scale))}
+        estimates = {"bicubic": tensor2uint(imresize(L, scale))}
         for model in job.models:
             E = restore(model.netG, L, scale, job.tile, job.tile_overlap)
             path = job.output / model.label / data.name / f"{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             imsave(tensor2uint(E, bits), str(path))
             estimates[model.label] = tensor2uint(E)
-        if H is not None:
-            values = {label: measure(E, H, scale, job.device) for label, E in estimates.items()}
-            rows += [{"set": data.name, "image": name, "model": label, **v} for label, v in values.items()]
-            if i in shown:
-                captions = {label: f"{v['PSNR']:.2f} dB" for label, v in values.items()}
-                sheet[f"{data.name}/{name}"] = {**estimates, "ground truth": H}, captions
+        values = report.add(data.name, i, name, estimates, H)
         if bar.disable:
             size = f"{L.shape[-1]}x{L.shape[-2]} -> {L.shape[-1] * scale}x{L.shape[-2] * scale}"
-            psnr = "".join(f", {row['model']} {row['PSNR']:.2f} dB" for row in rows[-len(estimates) :] if H is not None)
+            psnr = "".join(f", {label} {v['psnr']:.2f} dB" for label, v in values.items() if "psnr" in v)
             logger.info("%s %d/%d %s: %s%s", data.name, i + 1, len(names), name, size, psnr)
-    return rows
-
-
-def _report(job: Job, rows: list[dict[str, Any]], sheet: dict[str, Any]) -> None:
-    """Tables on the terminal, results.csv, results.json and side_by_side.png."""
-    sets: dict[str, Any] = {}
-    for data in job.sets:
-        of_set = [row for row in rows if row["set"] == data.name]
-        if of_set:
-            labels = dict.fromkeys(row["model"] for row in of_set)
-            means = {label: mean_metrics([row for row in of_set if row["model"] == label]) for label in labels}
-            images = len(of_set) // len(labels)
-            sets[data.name] = {"images": images, "means": means}
-            table = format_table([{"model": k, **v} for k, v in means.items()], {"model": "", **METRICS})
-            logger.info("\n%s, x%d, %d images\n\n%s", data.name, data.scale, images, table)
-    description = describe_metrics(job.models[0].n_channels, job.models[0].scale)
-    facts = run_facts(job.device)
-    versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "opencv", "numpy"))
-    logger.info("\n%s\n", textwrap.fill(f"{description} {versions}.", 80))
-    write_csv(rows, job.output / "results.csv")
-    content = {
-        "facts": facts,
-        "models": {model.label: str(model.checkpoint) for model in job.models},
-        "scale": job.models[0].scale,
-        "tile": job.tile,
-        "tile_overlap": job.tile_overlap,
-        "metrics": description,
-        "sets": sets,
-        "images": rows,
-    }
-    save_json(content, job.output / "results.json")
-    pictures = {name: images for name, (images, _) in sheet.items()}
-    captions = {name: words for name, (_, words) in sheet.items()}
-    side_by_side(pictures, job.output / "side_by_side.png", captions=captions)
-    for name in ("results.csv", "results.json", "side_by_side.png"):
-        logger.info("%s", job.output / name)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -224,11 +221,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_output(job.output, paths, roots)
         # Without ground truth any size will do.
         check_dataset(data)
-    rows: list[dict[str, Any]] = []
-    sheet: dict[str, Any] = {}
+    counts = {data.name: len(names) for data, _, names in prepared}
+    first = job.models[0]
+    report = Report(Measurer(job.metrics, first.scale, job.device), counts, job.report_images)
     try:
         for data, dataset, names in prepared:
-            rows += _restore_set(job, data, dataset, names, sheet)
+            _restore_set(job, data, dataset, names, report)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
             raise
@@ -237,8 +235,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{job.output}: cannot be written: {error.strerror or error}") from error
     for model in job.models:
         logger.info("restored images: %s", job.output / model.label)
-    if rows:
-        _report(job, rows, sheet)
+    about = {
+        "models": {model.label: str(model.checkpoint) for model in job.models},
+        "scale": first.scale,
+        "tile": job.tile,
+        "tile_overlap": job.tile_overlap,
+    }
+    report.write(job.output, run_facts(job.device), about, first.n_channels)
 
 
 if __name__ == "__main__":

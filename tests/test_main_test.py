@@ -68,7 +68,7 @@ def test_two_runs_are_compared_with_bicubic_on_any_sizes(tmp_path):
     assert "Traceback" not in done.stderr
 
     table = [line.split() for line in done.stdout.split("\n")]
-    start = table.index(["model", "PSNR", "SSIM", "PSNR-Y", "SSIM-Y", "SSL"])
+    start = table.index(["model", "PSNR", "SSIM", "PSNR-Y", "SSIM-Y", "SSG"])
     assert [line[0] for line in table[start + 2 : start + 5]] == ["bicubic", "psnr", "ssl"]
     assert "border of 4 px" in " ".join(done.stdout.split())
     assert max(map(len, done.stdout[done.stdout.index("model ") :].split("\n")[:5])) <= 80
@@ -82,19 +82,19 @@ def test_two_runs_are_compared_with_bicubic_on_any_sizes(tmp_path):
     assert [(row["image"], row["model"]) for row in rows] == [
         (image, model) for image in ("a", "deep/er/b") for model in ("bicubic", "psnr", "ssl")
     ]
-    assert list(rows[0])[3] == "PSNR"
-    mean = sum(float(row["PSNR"]) for row in rows if row["model"] == "psnr") / 2
-    assert content["sets"]["Set2"]["means"]["psnr"]["PSNR"] == pytest.approx(mean)
+    assert list(rows[0])[3:] == ["psnr", "ssim", "psnr_y", "ssim_y", "ssg"]
+    mean = sum(float(row["psnr"]) for row in rows if row["model"] == "psnr") / 2
+    assert content["sets"]["Set2"]["means"]["psnr"]["psnr"] == pytest.approx(mean)
     assert table[start + 3][1] == f"{mean:.2f}"
 
     saved = results(out)
     assert saved["psnr/Set2/a.png"].shape == (60, 80, 3)
     assert saved["ssl/Set2/deep/er/b.png"].shape == (48, 44, 3)
     truth = modcrop(imread_uint(str(H / "a.png")), 4)
-    assert float(rows[1]["PSNR"]) == pytest.approx(calculate_psnr(saved["psnr/Set2/a.png"], truth, 4))
+    assert float(rows[1]["psnr"]) == pytest.approx(calculate_psnr(saved["psnr/Set2/a.png"], truth, 4))
     bicubic = single2uint(imresize_np(imresize_np(uint2single(truth), 0.25), 4))
     # A value on the edge between two of the 256 levels may fall to the other side: float32 sums in another order.
-    assert float(rows[0]["PSNR"]) == pytest.approx(calculate_psnr(bicubic, truth, 4), abs=0.01)
+    assert float(rows[0]["psnr"]) == pytest.approx(calculate_psnr(bicubic, truth, 4), abs=0.01)
     assert str(out / "side_by_side.png") in done.stdout.replace("results/", f"{out}/")
     assert saved["side_by_side.png"].shape[1] > 5 * 256
 
@@ -128,7 +128,38 @@ def test_without_ground_truth_images_are_only_restored_beside_the_run(tmp_path):
             f"{prefix}/x/one.png": (4, 4),
             f"{prefix}/x/three.png": (64, 64),
         }
-        assert not list((run / "results").glob("results.*"))
+        assert sorted(path.name for path in (run / "results").glob("re*.*")) == ["report.html", "results.json"]
+
+
+def test_several_sets_are_given_in_order_with_and_without_ground_truth(tmp_path, capsys):
+    run = save_run(tmp_path / "run")
+    for name in ("Set2", "other/Set2", "more/HR"):
+        save_images(tmp_path / name, {"a.png": (40, 44), "b.png": (40, 41)})
+    save_images(tmp_path / "real", {"c.png": (9, 13)})
+    sets = ["--gt", tmp_path / "Set2", tmp_path / "other" / "Set2", "-", "--input", "-", "-", tmp_path / "real"]
+    out = tmp_path / "out"
+    arguments = ["--model_path", run, *sets, "--output", out, "--metrics", "psnr", "ssg", "--report_images", "3"]
+    main([*map(str, arguments)])
+    content = json.loads((out / "results.json").read_text())
+    assert [*content["sets"]] == ["Set2", "other_Set2"]
+    assert [*content["sets"]["Set2"]["means"]["run"]] == ["psnr", "ssg"]
+    assert {name for name in results(out) if name.startswith("run/")} == {
+        *(f"run/{data}/{image}.png" for data in ("Set2", "other_Set2") for image in "ab"),
+        "run/real/c.png",
+    }
+    assert "## other_Set2, 2 images" in (out / "results.md").read_text()
+    page = (out / "report.html").read_text()
+    assert [page.count(f'"set":"{name}"') > 0 for name in ("Set2", "other_Set2", "real")] == [True] * 3
+    assert "report.html" in capsys.readouterr().out
+
+
+def test_a_damaged_image_is_named_and_the_others_are_restored(tmp_path, capsys):
+    run = save_run(tmp_path / "run")
+    L = save_images(tmp_path / "L", {"a.png": (9, 13), "c.png": (9, 13)})
+    (L / "b.png").write_bytes(b"no image")
+    main(["--model_path", str(run), "--input", str(L)])
+    assert [*results(run / "results")] == ["run/L/a.png", "run/L/c.png"]
+    assert str(L / "b.png") in capsys.readouterr().out
 
 
 def test_a_bare_checkpoint_is_recognised_and_one_image_is_enough(tmp_path, monkeypatch):
@@ -166,7 +197,7 @@ def test_pairs_are_found_by_name_and_gray_networks_read_colour(tmp_path):
     main(["--model_path", str(run), "--input", str(L), "--gt", str(H), "--output", str(output)])
     rows = json.loads((output / "results.json").read_text())["images"]
     assert [(row["image"], row["model"]) for row in rows][:2] == [("ax2", "bicubic"), ("ax2", "gray")]
-    assert rows[0]["PSNR"] == rows[0]["PSNR-Y"] > 15
+    assert rows[0]["psnr"] == rows[0]["psnr_y"] > 15
     assert cv2.imread(str(output / "gray" / "L" / "ax2.png"), cv2.IMREAD_UNCHANGED).shape == (40, 52)
 
 
@@ -205,6 +236,7 @@ def test_an_option_file_tests_its_own_run_on_all_its_sets(tmp_path):
     main(["--opt", str(option_file(tmp_path)), "test.tile=16", "test.tile_overlap=8"])
     out = tmp_path / "run" / "results"
     assert [*results(out)] == ["run/real/b.png", "run/test_measured/a.png", "side_by_side.png"]
+    assert (out / "report.html").exists()
     content = json.loads((out / "results.json").read_text())
     assert [*content["sets"]] == ["test_measured"]
     assert content["tile"] == 16
@@ -226,7 +258,6 @@ def place(tmp_path_factory):
     (root / "empty").mkdir()
     (root / "broken").mkdir()
     (root / "broken" / "z.png").write_bytes(b"no image")
-    save_images(root / "broken", {"a.png": (10, 10)})
     (root / "note.txt").write_text("no checkpoint")
     optimizer = torch.optim.Adam(network().parameters())
     torch.save(optimizer.state_dict(), root / "run" / "models" / "10_optimizerG.pth")
@@ -259,6 +290,12 @@ MISTAKES = {
     "one name twice": ("--model_path run run --gt H", "NAME=PATH"),
     "reserved name": ("--model_path bicubic=run --gt H", "NAME=PATH"),
     "name of a path": ("--model_path ../up=run --gt H", "NAME=PATH"),
+    "sets do not pair": ("--model_path run --gt H H --input L", "--input: 1 for 2 test sets"),
+    "a set of nothing": ("--model_path run --gt H - --input L -", "- for both"),
+    "unknown metric": ("--model_path run --gt H --metrics psnr lipps", "did you mean lpips"),
+    "unknown metric in options": ('--opt test_x.json test.metrics=["lipps"]', "did you mean 'lpips'"),
+    "metrics beside options": ("--opt test_x.json --metrics psnr", "stand in the file"),
+    "negative images": ("--model_path run --gt H --report_images -1", "0 or more"),
     "missing input": ("--model_path run --input nowhere", "nowhere"),
     "missing ground truth": ("--model_path run --input L --gt nowhere", "nowhere"),
     "empty input": ("--model_path run --input empty", "no images"),

@@ -1,4 +1,4 @@
-"""Tables, files, pictures and metrics of a test: utils/utils_report.py, utils_metric.py, utils_run.py."""
+"""Tables, files and pictures of a test: utils/utils_report.py, utils_run.py."""
 
 import csv
 import json
@@ -7,16 +7,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from tests.conftest import photograph
-from utils import utils_metric
 from utils.utils_error import UserError
-from utils.utils_image import calculate_psnr, calculate_ssim, imread_uint, rgb2ycbcr, uint2tensor4
-from utils.utils_metric import METRICS, mean_metrics, measure, ssl_distance
-from utils.utils_report import check_output, edge_rich_crop, format_table, output_names, side_by_side, write_csv
+from utils.utils_image import imread_uint
+from utils.utils_metrics import METRICS, Measurer
+from utils.utils_report import (
+    Report,
+    SetResults,
+    baselines,
+    check_output,
+    edge_rich_crop,
+    format_table,
+    output_names,
+    side_by_side,
+    write_csv,
+    write_markdown,
+)
 from utils.utils_run import run_facts, save_json, write_atomically
-from utils.utils_ssl import SelfSimilarityLoss
+
+TITLES = [metric.title for metric in METRICS.values()]
 
 
 def blurred(image: np.ndarray) -> np.ndarray:
@@ -31,16 +41,32 @@ def test_a_table_is_aligned_and_shows_missing_numbers_as_a_dash():
 
 def test_a_table_of_long_names_fits_eighty_columns_and_keeps_their_ends():
     name = "experiment_" + 100 * "x" + "_last"
-    table = format_table([{"model": name, **dict.fromkeys(METRICS, 27.0)}], {"model": "", **METRICS})
+    table = format_table(
+        [{"model": name, **dict.fromkeys(TITLES, 27.0)}], {"model": "", **dict.fromkeys(TITLES, ".4f")}
+    )
     assert max(map(len, table.split("\n"))) <= 80
     assert "experiment_" in table
     assert "_last" in table
+
+
+def test_a_table_that_is_too_wide_goes_on_below():
+    columns = {"model": "", **dict.fromkeys(TITLES, ".4f")}
+    tables = format_table([{"model": "gan", **dict.fromkeys(TITLES, 27.0)}], columns).split("\n\n")
+    assert len(tables) > 1
+    assert [table.split("\n")[0].split()[0] for table in tables] == ["model"] * len(tables)
+    assert [title for table in tables for title in table.split("\n")[0].split()[1:]] == TITLES
+    assert {tuple(table.split("\n")[2].split()[:2]) for table in tables} == {("gan", "27.0000")}
 
 
 def test_a_csv_has_a_line_a_row_and_empty_fields_for_nan(tmp_path):
     write_csv([{"image": 'a,"b"', "PSNR": 30.5}, {"image": "c", "PSNR": math.nan}], tmp_path / "results.csv")
     with (tmp_path / "results.csv").open(newline="") as file:
         assert list(csv.reader(file)) == [["image", "PSNR"], ['a,"b"', "30.5"], ["c", ""]]
+
+
+def test_a_csv_has_the_columns_of_all_rows(tmp_path):
+    write_csv([{"image": "a", "piqe": 1.0}, {"image": "b", "psnr": 2.0}], tmp_path / "results.csv")
+    assert (tmp_path / "results.csv").read_text() == "image,piqe,psnr\na,1.0,\nb,,2.0\n"
 
 
 def test_json_holds_null_where_a_number_is_not_finite(tmp_path):
@@ -114,67 +140,75 @@ def test_side_by_side_shows_a_column_a_label_and_a_row_an_image(tmp_path):
     assert np.array_equal(cell[4::8, 4::8], H[top : top + height, left : left + width])
 
 
-def test_metrics_are_kairs_on_rgb_and_on_rounded_luma():
+def results(**means: dict[str, float]) -> SetResults:
+    return SetResults("Set2", 2, ["psnr", "ssg"], means)
+
+
+@pytest.mark.parametrize("label", ["gan_ssl", "gan-SSL", "GAN+SSL", "gan + ssl", "ganssl"])
+def test_a_model_with_ssl_is_told_by_its_name_from_its_baseline(label):
+    assert baselines(["bicubic", "gan", label, "psnr"]) == {label: "gan"}
+
+
+def test_without_the_baseline_there_is_no_comparison():
+    assert baselines(["gan_ssl", "psnr", "ssl", "hassle"]) == {}
+    assert baselines(["a", "a_ssl", "b_ssl", "b"]) == {"a_ssl": "a", "b_ssl": "b"}
+
+
+def test_what_ssl_changed_stands_below_its_model():
+    table = results(gan={"psnr": 26.5, "ssg": 1.5}, gan_ssl={"psnr": 26.25, "ssg": 1.0}).as_text().split("\n")
+    assert [line.split() for line in table[2:]] == [
+        ["gan", "26.50", "1.500"],
+        ["gan_ssl", "26.25", "1.000"],
+        ["-", "gan", "-0.25", "-0.500"],
+    ]
+
+
+def test_markdown_shows_the_best_in_bold_and_what_ssl_changed(tmp_path):
+    of_set = results(
+        bicubic={"psnr": 26.499, "ssg": math.nan},
+        gan={"psnr": 26.501, "ssg": 1.5},
+        gan_ssl={"psnr": 26.25, "ssg": 1.0},
+    )
+    write_markdown([of_set], "Results", ["A note."], tmp_path / "results.md")
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "## Set2, 2 images" in text
+    assert "| model | PSNR \u2191 | SSG \u2193 |\n|---|---:|---:|" in text
+    # Equal as printed is equally good.
+    assert "| bicubic | **26.50** | - |\n| gan | **26.50** | 1.500 |" in text
+    assert "| gan_ssl | 26.25 (\u22120.25) | **1.000** (\u22120.500) |" in text
+    assert "gan_ssl against gan" in text
+    assert text.endswith("A note.\n")
+
+
+def test_a_report_of_two_sets_has_the_means_of_each_and_says_what_is_left_out(tmp_path):
+    measurer = Measurer(["psnr", "ssg"], 0, "cpu")
+    measurer.missing["lpips"] = "its weights are not in the cache"
+    report = Report(measurer, {"A": 1, "B": 2, "real": 1}, report_images=3)
     H = photograph(40, 44)
-    E = blurred(H)
-    values = measure(E, H, border=4, device="cpu")
-    assert list(values) == list(METRICS)
-    assert values["PSNR"] == calculate_psnr(E, H, 4)
-    assert values["SSIM"] == calculate_ssim(E, H, 4)
-    assert values["PSNR-Y"] == calculate_psnr(rgb2ycbcr(E), rgb2ycbcr(H), 4)
-    assert values["SSIM-Y"] == calculate_ssim(rgb2ycbcr(E), rgb2ycbcr(H), 4)
+    for name, index in (("A", 0), ("B", 0), ("B", 1)):
+        report.add(name, index, f"{name}{index}", {"bicubic": blurred(blurred(H)), "gan": blurred(H)}, H)
+    report.add("real", 0, "r", {"bicubic": H, "gan": blurred(H)}, None)
+    content = {"models": {"gan": "gan.pth"}, "scale": 4}
+    report.write(tmp_path, run_facts(), content, n_channels=3)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert list(found["sets"]) == ["A", "B"]
+    assert found["sets"]["B"]["images"] == 2
+    rows = [row for row in found["images"] if row["set"] == "B" and row["model"] == "gan"]
+    assert found["sets"]["B"]["means"]["gan"]["psnr"] == pytest.approx(sum(row["psnr"] for row in rows) / 2)
+    assert found["missing"] == {"LPIPS": "its weights are not in the cache"}
+    assert "LPIPS was not computed" in (tmp_path / "results.md").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert [page.count(f'"name":"{name}"') for name in ("A0", "B0", "B1", "r")] == [1, 1, 0, 1]
 
 
-def test_the_ssl_distance_is_the_loss_inside_the_border():
-    H = photograph(40, 44)
-    E = blurred(H)
-    inside = np.s_[4:-4, 4:-4]
-    loss = SelfSimilarityLoss(1000, 1000)(*(uint2tensor4(np.ascontiguousarray(x[inside])) for x in (E, H)))
-    # One float32 mean against the mean of bands.
-    assert measure(E, H, 4, "cpu")["SSL"] == pytest.approx(float(loss), rel=1e-5)
-    assert measure(H, H, 4, "cpu")["SSL"] == pytest.approx(0, abs=1e-6)
-
-
-def test_the_ssl_distance_does_not_depend_on_its_bands(monkeypatch):
-    H = photograph(50, 24)
-    whole = ssl_distance(blurred(H), H)
-    monkeypatch.setattr(utils_metric, "_BAND_PIXELS", 1)
-    # The box sums of a band start elsewhere: float32 rounding.
-    assert ssl_distance(blurred(H), H) == pytest.approx(whole, rel=1e-5)
-
-
-def test_a_gray_image_is_its_own_luma():
-    H = photograph(40, 40, channels=1)[..., 0]
-    values = measure(blurred(H), H, 2, "cpu")
-    assert values["PSNR"] == values["PSNR-Y"]
-    assert values["SSIM"] == values["SSIM-Y"]
-    assert values["SSL"] > 0
-
-
-@pytest.mark.parametrize(
-    ("side", "measured"),
-    [(8, []), (9, ["PSNR", "PSNR-Y"]), (19, ["PSNR", "SSIM", "PSNR-Y", "SSIM-Y"]), (21, [*METRICS])],
-)
-def test_what_an_image_is_too_small_for_is_nan(side, measured):
-    H = photograph(side, side)
-    H[side // 2] = 255
-    H[side // 2 - 1] = 0
-    values = measure(blurred(H), H, border=4, device="cpu")
-    assert [name for name, value in values.items() if not math.isnan(value)] == measured
-
-
-def test_an_image_without_edges_has_no_ssl_distance():
-    flat = np.full((40, 40, 3), 100, np.uint8)
-    assert math.isnan(ssl_distance(flat, flat))
-
-
-def test_means_leave_out_what_could_not_be_measured():
-    values = [{**dict.fromkeys(METRICS, 2.0), "SSL": math.nan}, dict.fromkeys(METRICS, 4.0)]
-    assert mean_metrics(values)["PSNR"] == 3.0
-    assert mean_metrics(values)["SSL"] == 4.0
-    assert math.isnan(mean_metrics(values[:1])["SSL"])
-
-
-def test_images_of_different_sizes_are_not_compared():
-    with pytest.raises(ValueError, match="different shapes"):
-        measure(photograph(20, 20), photograph(20, 21), 0, torch.device("cpu"))
+def test_a_report_of_no_images_is_not_written(tmp_path):
+    report = Report(Measurer(["psnr"], 0, "cpu"), {"A": 1}, report_images=0)
+    H = photograph(20, 20)
+    report.add("A", 0, "a", {"bicubic": blurred(H)}, H)
+    report.write(tmp_path, run_facts(), {"models": {}, "scale": 2}, n_channels=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "results.csv",
+        "results.json",
+        "results.md",
+        "side_by_side.png",
+    ]

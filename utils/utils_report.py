@@ -1,9 +1,13 @@
-"""What a test leaves behind: a table for the terminal, CSV and JSON files, a picture to look at."""
+"""What a test leaves behind: tables for the terminal, CSV, JSON and Markdown files, a picture to look at."""
 
 import csv
 import io
+import logging
 import math
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +17,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from utils.utils_error import UserError
+from utils.utils_html import Gallery, write_html
 from utils.utils_image import imsave
-from utils.utils_run import write_atomically
+from utils.utils_metrics import METRICS, Measurer, mean_metrics
+from utils.utils_run import save_json, write_atomically
 
+logger = logging.getLogger(__name__)
 Picture = NDArray[np.uint8]
 
 # ------------------------------------------------------------------------------------------------- where results go
@@ -60,9 +67,10 @@ def check_output(output: Path, inputs: Sequence[str], roots: Sequence[str]) -> N
 
 
 def _cell(value: Any, spec: str) -> str:
+    """A number as it is printed, "-" for None and NaN; text stays."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
-    return format(value, spec)
+    return value if isinstance(value, str) else format(value, spec)
 
 
 def _shorten(text: str, width: int) -> str:
@@ -78,38 +86,133 @@ def format_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], 
 
     Args:
         rows: one mapping a line, from column to value; missing, None and NaN show as "-".
-        columns: column -> format spec (".2f"); a column of spec "" holds text and stands to the left.
-        width: the table's largest width; long texts are shortened in the middle.
+        columns: column -> format spec (".2f"); the first one, of spec "", holds text and stands to the left.
+        width: the table's largest width; long texts are shortened in the middle, and numbers that do not fit go on in
+            further tables below.
     """
-    cells = [list(columns), *([_cell(row.get(name), spec) for name, spec in columns.items()] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    is_text = [spec == "" for spec in columns.values()]
-    gap = "  "
-    room = width - sum(w for w, text in zip(widths, is_text, strict=True) if not text) - len(gap) * (len(columns) - 1)
-    largest = max(8, room // max(1, sum(is_text)))
-    widths = [min(w, largest) if text else w for w, text in zip(widths, is_text, strict=True)]
-    lines = [
-        gap.join(
-            _shorten(value, w).ljust(w) if text else value.rjust(w)
-            for value, w, text in zip(line, widths, is_text, strict=True)
-        ).rstrip()
-        for line in cells
-    ]
-    return "\n".join([lines[0], gap.join("-" * w for w in widths), *lines[1:]])
+    name, *numbers = columns
+    texts = [_shorten(row[name], 28) for row in rows]
+    text_width = max(map(len, (name, *texts)))
+    cells = {c: [c, *(_cell(row.get(c), columns[c]) for row in rows)] for c in numbers}
+    blocks: list[list[list[str]]] = []
+    room = 0
+    for column in cells.values():
+        needed = 2 + max(map(len, column))
+        if needed > room:
+            blocks.append([])
+            room = width - text_width
+        blocks[-1].append([cell.rjust(needed - 2) for cell in column])
+        room -= needed
+    texts = [text.ljust(text_width) for text in (name, *texts)]
+    tables = []
+    for block in blocks or [[]]:
+        first, *rest = ["  ".join(line) for line in zip(texts, *block, strict=True)]
+        rule = "  ".join("-" * width for width in (text_width, *(len(column[0]) for column in block)))
+        tables.append("\n".join(line.rstrip() for line in (first, rule, *rest)))
+    return "\n\n".join(tables)
 
 
 def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write one line a row under the keys of the first, atomically; NaN becomes an empty field.
+    """Write one line a row under the keys of all, atomically; what a row lacks, and NaN, is an empty field.
 
     Raises:
         UserError: the file cannot be written.
     """
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
     write_atomically(text.getvalue(), path)
+
+
+# ----------------------------------------------------------------------------------------------------------- results
+
+_SSL_ENDING = re.compile(r"[\s_+-]*ssl$", re.IGNORECASE)
+
+
+def baselines(labels: Sequence[str]) -> dict[str, str]:
+    """With SSL -> without: each label that is another one with ssl at its end: X and X_ssl, X-SSL or "X + SSL"."""
+    by_name = {label.lower(): label for label in labels}
+    bare = {label: _SSL_ENDING.sub("", label).lower() for label in labels}
+    return {label: by_name[bare[label]] for label in labels if by_name.get(bare[label], label) != label}
+
+
+@dataclass(frozen=True)
+class SetResults:
+    """The means over a test set: label -> metric name -> value."""
+
+    name: str
+    images: int
+    names: list[str]  # of the metrics, in the tables' order
+    means: dict[str, dict[str, float]]
+
+    def deltas(self) -> dict[str, dict[str, float]]:
+        """Label with SSL -> metric name -> what SSL added to its baseline."""
+        return {
+            ours: {name: self.means[ours][name] - self.means[base][name] for name in self.names}
+            for ours, base in baselines(list(self.means)).items()
+        }
+
+    def best(self, name: str) -> str:
+        """The best mean of a metric as it is printed: every label that prints it is best."""
+        values = [means[name] for means in self.means.values() if not math.isnan(means[name])]
+        metric = METRICS[name]
+        return _cell((max if metric.higher_better else min)(values) if values else None, metric.spec)
+
+    def as_json(self) -> dict[str, Any]:
+        """For results.json."""
+        return {"images": self.images, "means": self.means, "deltas": self.deltas()}
+
+    def as_text(self) -> str:
+        """For the terminal, at most 80 columns wide; below a model with SSL what it added."""
+        columns = {METRICS[name].title: METRICS[name].spec for name in self.names}
+        base_of, deltas, rows = baselines(list(self.means)), self.deltas(), []
+        for label, means in self.means.items():
+            rows.append({"model": label, **{METRICS[name].title: means[name] for name in self.names}})
+            if label in deltas:
+                signed = {METRICS[n].title: _cell(deltas[label][n], f"+{METRICS[n].spec}") for n in self.names}
+                rows.append({"model": f"  - {base_of[label]}", **signed})
+        return format_table(rows, {"model": "", **columns})
+
+    def as_markdown(self) -> str:
+        """For a paper or README: best in bold, what SSL added in brackets."""
+        arrows = {name: "\u2191" if METRICS[name].higher_better else "\u2193" for name in self.names}
+        lines = [
+            f"| model | {' | '.join(f'{METRICS[name].title} {arrows[name]}' for name in self.names)} |",
+            f"|---|{'---:|' * len(self.names)}",
+        ]
+        added = self.deltas()
+        for label, means in self.means.items():
+            cells = []
+            for name in self.names:
+                cell = _cell(means[name], METRICS[name].spec)
+                cell = f"**{cell}**" if cell == self.best(name) != "-" else cell
+                if label in added and not math.isnan(added[label][name]):
+                    cell += f" ({_cell(added[label][name], '+' + METRICS[name].spec)})".replace("-", "\u2212")
+                cells.append(cell)
+            lines.append(f"| {label.replace('|', chr(92) + '|')} | {' | '.join(cells)} |")
+        return "\n".join(lines)
+
+
+def write_markdown(sets: Sequence[SetResults], heading: str, notes: Sequence[str], path: Path) -> None:
+    """Write results.md: a table for each set, then the notes.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    parts = [f"# {heading}"]
+    for results in sets:
+        parts += [f"## {results.name}, {counted(results.images, 'image')}", results.as_markdown()]
+    pairs = {ours: base for results in sets for ours, base in baselines(list(results.means)).items()}
+    brackets = [f"In brackets: {', '.join(f'{ours} against {base}' for ours, base in pairs.items())}."] if pairs else []
+    best = "Best in bold; \u2191 higher is better, \u2193 lower."
+    write_atomically("\n\n".join([*parts, " ".join([best, *brackets]), *notes]) + "\n", path)
+
+
+def counted(count: int, noun: str) -> str:
+    """ "1 image", "5 images"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 # ----------------------------------------------------------------------------------------------------------- picture
@@ -202,3 +305,126 @@ def side_by_side(
             sheet.paste(_fit(detail, enlarge=True), (_GAP + column * step_x, y))
             write((captions or {}).get(name, {}).get(label, ""), column, y + _CELL + _CAPTION // 2, small)
     imsave(np.asarray(sheet), str(path))
+
+
+# --------------------------------------------------------------------------------------------------------- all of it
+
+_PICTURE_ROWS = 6
+
+
+class Report:
+    """Measures the images of a test as they come, and writes every file about them.
+
+    Args:
+        measurer: the metrics.
+        counts: set -> how many images it has, in order.
+        report_images: how many images go into report.html, spread over the sets; 0 = no such file.
+    """
+
+    def __init__(self, measurer: Measurer, counts: Mapping[str, int], report_images: int) -> None:
+        self.measurer, self.counts = measurer, counts
+        self._rows: list[dict[str, Any]] = []
+        self._sets: list[SetResults] = []
+        self._sheet: dict[str, tuple[dict[str, Picture], dict[str, str]]] = {}
+        self._gallery = Gallery() if report_images else None
+        self._in_page = _spread_over(counts, report_images)
+        self._in_sheet = _spread_over(counts, _PICTURE_ROWS)
+        self._values: dict[str, list[dict[str, float]]] = {}
+
+    def add(
+        self, set_name: str, index: int, name: str, estimates: Mapping[str, Picture], H: Picture | None
+    ) -> dict[str, dict[str, float]]:
+        """One image, the ``index``-th of its set; sets come one after the other.
+
+        Returns:
+            label -> metric name -> value.
+        """
+        measured = self.measurer.measure(estimates, H)
+        if any(measured.values.values()):
+            self._rows += [{"set": set_name, "image": name, "model": k, **v} for k, v in measured.values.items()]
+        pictures = dict(estimates) if H is None else {**estimates, "ground truth": H}
+        if self._gallery and index in self._in_page[set_name]:
+            self._gallery.add(set_name, name, pictures, measured)
+        if H is not None and index in self._in_sheet[set_name]:
+            captions = {k: f"{v['psnr']:.2f} dB" for k, v in measured.values.items() if "psnr" in v}
+            self._sheet[f"{set_name}/{name}"] = pictures, captions
+        for label, values in measured.values.items():
+            self._values.setdefault(label, []).append(values)
+        if index == self.counts[set_name] - 1:
+            self._end_set(set_name, H is not None)
+        return measured.values
+
+    def _end_set(self, name: str, with_truth: bool) -> None:
+        names, over_set = self.measurer.names_for(with_truth), self.measurer.of_set()
+        means = {k: {**mean_metrics(v, names), **over_set.get(k, {})} for k, v in self._values.items()}
+        self._values = {}
+        if names:
+            self._sets.append(SetResults(name, self.counts[name], names, means))
+
+    def write(self, output: Path, facts: Mapping[str, str], content: Mapping[str, Any], n_channels: int) -> None:
+        """Print the tables and write results.{csv,json,md}, report.html and side_by_side.png, as far as there is any.
+
+        Args:
+            output: folder for the files.
+            facts: of ``utils_run.run_facts``.
+            content: what else goes into results.json: models, scale and so on.
+            n_channels: of the models.
+
+        Raises:
+            UserError: a file cannot be written.
+        """
+        measurer = self.measurer
+        scale = content["scale"]
+        for results in self._sets:
+            heading = f"{results.name}, x{scale}, {counted(results.images, 'image')}"
+            logger.info("\n%s\n\n%s", heading, results.as_text())
+        note = measurer.describe(n_channels)
+        versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "opencv", "numpy"))
+        missing = {METRICS[name].title: why for name, why in measurer.missing.items()}
+        left_out = [f"{title} was not computed: {why}." for title, why in missing.items()]
+        if self._sets:
+            logger.info("\n%s", "\n".join(textwrap.fill(line, 80) for line in (f"{note} {versions}.", *left_out)))
+        logger.info("")
+        written = ["results.json"]
+        content = {
+            "facts": facts,
+            **content,
+            "metrics": {
+                METRICS[name].title: {"name": name, "higher_better": METRICS[name].higher_better}
+                for name in measurer.names
+            },
+            "note": note,
+            "missing": missing,
+            "baselines": baselines(list(content["models"])),
+            "sets": {results.name: results.as_json() for results in self._sets},
+            "images": self._rows,
+        }
+        save_json(content, output / "results.json")
+        if self._rows:
+            write_csv(self._rows, output / "results.csv")
+            written.append("results.csv")
+        if self._sets:
+            heading = f"Results, x{scale}"
+            write_markdown(self._sets, heading, [f"{note} {versions}.", *left_out], output / "results.md")
+            written.append("results.md")
+        if self._gallery:
+            total = sum(self.counts.values())
+            write_html(output / "results.json", self._gallery, measurer.names, total, note, output / "report.html")
+            written.append("report.html")
+        if self._sheet:
+            pictures = {name: images for name, (images, _) in self._sheet.items()}
+            captions = {name: words for name, (_, words) in self._sheet.items()}
+            side_by_side(pictures, output / "side_by_side.png", captions=captions)
+            written.append("side_by_side.png")
+        for name in written:
+            logger.info("%s", output / name)
+
+
+def _spread_over(counts: Mapping[str, int], wanted: int) -> dict[str, set[int]]:
+    """Indices of ``wanted`` images, evenly over the sets and within each; what small sets leave, large ones get."""
+    chosen: dict[str, set[int]] = {}
+    for left, (name, count) in enumerate(sorted(counts.items(), key=lambda item: item[1])):
+        share = min(count, -(-wanted // (len(counts) - left)))
+        wanted -= share
+        chosen[name] = set(np.linspace(0, count - 1, share).round().astype(int).tolist())
+    return chosen

@@ -1,0 +1,271 @@
+"""The steps of preparing data: multi-scale versions, sub-images, edge masks, low-quality images.
+
+The figures are those of the SSL paper's data (https://arxiv.org/abs/2408.05713) unless they are said to be others'.
+utils/utils_prepare.py runs a step over a folder. Bit depth and number of channels are kept; outputs are PNG.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from utils.utils_degrade import DEGRADATIONS, degrade_image
+from utils.utils_error import UserError
+from utils.utils_image import Array, image_size, imread_uint, imresize_np, modcrop, uint2tensor4
+from utils.utils_prepare import Product, Step, option
+from utils.utils_ssl import edge_mask
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """For argparse: a whole number, not below ``least``."""
+
+    def whole(text: str) -> int:
+        if int(text) < least:
+            raise ValueError
+        return int(text)
+
+    whole.__name__ = f"number from {least} up:"  # the message: "invalid number from 1 up: value: '0'"
+    return whole
+
+
+def factor(text: str) -> float:
+    """For argparse: a number above 0, such as 0.75 or 1/3."""
+    above, _, below = text.partition("/")
+    value = float(above) / float(below or 1)
+    if value <= 0:
+        raise ValueError
+    return value
+
+
+# -------------------------------------------------------------------------------------------------------- multi-scale
+
+
+@dataclass(frozen=True)
+class Multiscale(Step):
+    """smaller versions of each image
+
+    name.png is the image itself, nameT0.png, nameT1.png, ... are smaller by the
+    factors, and the shorter side of nameS.png is fixed: small images are enlarged
+    to it. Lanczos. Presets: ssl, and realesrgan with the factors 0.75 0.5 1/3, the
+    shortest side 400 (as T3), no smallest side, and no name.png.
+    """
+
+    command = "multiscale"
+    example = "--input DF2K_HR OST --output DF2K_OST_multiscale"
+    factors: tuple[float, ...] = option((0.75, 0.6, 1 / 3), "sizes of T0, T1, ...", type=factor, nargs="+")
+    shortest: int = option(512, "the shorter side of S in pixels", type=at_least(1))
+    min_side: int = option(512, "leave out the others where their shorter side is less", type=at_least(0))
+    original: bool = True
+    shortest_name: str = "S"
+
+    def outputs(self, path: str, name: str) -> list[str]:
+        return list(self._sizes(name, image_size(path)))
+
+    def make(self, path: str, name: str, wanted: Sequence[str]) -> Iterator[Product]:
+        img = imread_uint(path, None)
+        height, width = img.shape[:2]
+        for file, size in self._sizes(name, (height, width)).items():
+            if file in wanted:
+                yield Product(file, img if size == (height, width) else lanczos(img, *size))
+
+    def _sizes(self, name: str, size: tuple[int, int]) -> dict[str, tuple[int, int]]:
+        """The (height, width) of each file."""
+        height, width = size
+        versions = {f"T{i}": (int(height * factor), int(width * factor)) for i, factor in enumerate(self.factors)}
+        if self.original:
+            versions[""] = size
+        kept = {ending: sides for ending, sides in versions.items() if min(sides) >= max(1, self.min_side)}
+        if height < width:
+            kept[self.shortest_name] = (self.shortest, int(self.shortest * (width / height)))
+        else:
+            kept[self.shortest_name] = (int(self.shortest * (height / width)), self.shortest)
+        return {f"{name}{ending}.png": sides for ending, sides in kept.items()}
+
+
+MULTISCALE_PRESETS = {
+    "ssl": Multiscale(),
+    "realesrgan": Multiscale((0.75, 0.5, 1 / 3), shortest=400, min_side=0, original=False, shortest_name="T3"),
+}
+
+
+def lanczos(img: Array, height: int, width: int) -> Array:
+    """Resize ``(H, W, C)`` by Pillow's Lanczos filter; 16 bits are computed in float32 and rounded."""
+    if img.dtype == np.uint8:
+        plane = img[..., 0] if img.shape[2] == 1 else img
+        resized = np.asarray(Image.fromarray(plane).resize((width, height), Image.Resampling.LANCZOS))
+        return resized.reshape(height, width, img.shape[2])
+    planes = [Image.fromarray(img[..., c].astype(np.float32)) for c in range(img.shape[2])]
+    resized = np.dstack([np.asarray(plane.resize((width, height), Image.Resampling.LANCZOS)) for plane in planes])
+    return resized.round().clip(0, 65535).astype(np.uint16)
+
+
+# --------------------------------------------------------------------------------------------------------- sub-images
+
+
+@dataclass(frozen=True)
+class Subimages(Step):
+    """square pieces of each image
+
+    name_s001.png, name_s002.png, ..., row by row. Where a rest is left at the
+    right or lower edge, one more row or column of pieces lies against that edge.
+    """
+
+    command = "subimages"
+    example = "--input DF2K_OST_multiscale --output DF2K_OST"
+    size: int = option(512, "side in pixels", type=at_least(1))
+    step: int = option(256, "pixels from one to the next", type=at_least(1))
+    threshold: int = option(0, "a rest of so many pixels gets no pieces of its own", type=at_least(0))
+
+    def outputs(self, path: str, name: str) -> list[str]:
+        return [f"{name}_s{i:03d}.png" for i in range(1, 1 + len(self._corners(image_size(path))))]
+
+    def make(self, path: str, name: str, wanted: Sequence[str]) -> Iterator[Product]:
+        img = imread_uint(path, None)
+        height, width = img.shape[:2]
+        for i, (y, x) in enumerate(self._corners((height, width)), 1):
+            if (file := f"{name}_s{i:03d}.png") in wanted:
+                yield Product(file, np.ascontiguousarray(img[y : y + self.size, x : x + self.size]))
+
+    def _corners(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        if min(size) < self.size:
+            raise UserError(f"{size[1]}x{size[0]} pixels are less than one sub-image of {self.size}")
+        rows, columns = (self._origins(side) for side in size)
+        return [(y, x) for y in rows for x in columns]
+
+    def _origins(self, side: int) -> list[int]:
+        origins = list(range(0, side - self.size + 1, self.step))
+        if side - (origins[-1] + self.size) > self.threshold:
+            origins.append(side - self.size)
+        return origins
+
+
+# -------------------------------------------------------------------------------------------------------------- masks
+
+
+@dataclass(frozen=True)
+class Masks(Step):
+    """edge masks, where the self-similarity loss is computed
+
+    Bit for bit the published ones, and those that training makes on line where
+    dataroot_H_mask is not set. mat: variable "mat" of 0 and 1; png: 0 and 255.
+    """
+
+    command = "masks"
+    example = "--input DF2K_OST --output DF2K_OST_mask"
+    threshold: float = option(20.0, "of the Laplacian, in gray levels", type=float)
+    format: str = option("mat", "what to write", choices=("mat", "png", "both"))
+
+    def outputs(self, path: str, name: str) -> list[str]:
+        return [f"{name}.{suffix}" for suffix in (("mat", "png") if self.format == "both" else (self.format,))]
+
+    def make(self, path: str, name: str, wanted: Sequence[str]) -> Iterator[Product]:
+        mask = edge_mask(uint2tensor4(imread_uint(path, None)), self.threshold)[0, 0].numpy().astype(np.uint8)
+        for file in wanted:
+            yield Product(file, mask if file.endswith(".mat") else 255 * mask)
+
+
+# -------------------------------------------------------------------------------------------------- low-quality images
+
+
+@dataclass(frozen=True)
+class LRBicubic(Step):
+    """low-quality images: MATLAB's bicubic
+
+    Of each image, cut to a multiple of the scale; same names.
+    """
+
+    command = "lr-bicubic"
+    example = "--input DF2K_OST --output DF2K_OST_x4"
+    scale: int = option(4, "how much smaller", type=at_least(1))
+
+    def outputs(self, path: str, name: str) -> list[str]:
+        return [f"{name}.png"]
+
+    def make(self, path: str, name: str, wanted: Sequence[str]) -> Iterator[Product]:
+        H = modcrop(imread_uint(path, None), self.scale)
+        if not H.size:
+            raise UserError(f"smaller than the scale {self.scale}")
+        yield Product(f"{name}.png", matlab_bicubic(H, 1 / self.scale))
+
+
+def matlab_bicubic(img: Array, scale: float) -> Array:
+    """Resize a uint8 or uint16 ``(H, W, C)`` image as MATLAB does, rounded to the same type."""
+    resized = imresize_np(img.astype(np.float64), scale)
+    # halves away from zero, as MATLAB rounds
+    return np.floor(resized + 0.5).clip(0, np.iinfo(img.dtype).max).astype(img.dtype)
+
+
+@dataclass(frozen=True)
+class LRBlind(Step):
+    """low-quality images, degraded at random
+
+    name.png or, of several versions, name+00.png, name+01.png, ...: data sets
+    pair these with name.png. The draws depend on the seed and the file's name
+    alone, and manifest.jsonl tells what was done to each file.
+    """
+
+    command = "lr-blind"
+    example = "--type blind_test --versions 30 --input DIV2K100 --output DIV2K100_blind"
+    keeps_records = True
+    type: str = option(..., f"one of {', '.join(DEGRADATIONS)}", choices=tuple(DEGRADATIONS), metavar="TYPE")
+    scale: int = option(4, "how much smaller", type=at_least(1))
+    versions: int = option(1, "of each image", type=at_least(1))
+    seed: int = option(0, "other draws for another", type=at_least(0))
+
+    def outputs(self, path: str, name: str) -> list[str]:
+        if self.versions == 1:
+            return [f"{name}.png"]
+        if "+" in Path(name).name:
+            raise UserError('several versions are told from their H at the first "+" of their names: rename this image')
+        digits = max(2, len(str(self.versions - 1)))
+        return [f"{name}+{version:0{digits}d}.png" for version in range(self.versions)]
+
+    def make(self, path: str, name: str, wanted: Sequence[str]) -> Iterator[Product]:
+        H = imread_uint(path, None)
+        for file in wanted:
+            L, record = degrade_image(H, self.type, self.scale, self.seed, file.removesuffix(".png"))
+            yield Product(file, L, record)
+
+
+@dataclass(frozen=True)
+class Enlarge(Step):
+    """larger images: MATLAB's bicubic
+
+    What low-quality images are shown as, and compared with; same names.
+    """
+
+    command = "enlarge"
+    example = "--input DIV2K100_blind --output DIV2K100_blind_bicubic"
+    scale: int = option(4, "how much larger", type=at_least(1))
+
+    def outputs(self, path: str, name: str) -> list[str]:
+        return [f"{name}.png"]
+
+    def make(self, path: str, name: str, wanted: Sequence[str]) -> Iterator[Product]:
+        yield Product(f"{name}.png", matlab_bicubic(imread_uint(path, None), self.scale))
+
+
+@dataclass(frozen=True)
+class Modcrop(Step):
+    """images cut at the bottom and right to multiples
+
+    12, as in the published test sets, suits the scales 2, 3 and 4; same names.
+    """
+
+    command = "modcrop"
+    example = "--input DIV2K_valid_HR --output DIV2K100"
+    multiple: int = option(12, "of so many pixels", type=at_least(1))
+
+    def outputs(self, path: str, name: str) -> list[str]:
+        return [f"{name}.png"]
+
+    def make(self, path: str, name: str, wanted: Sequence[str]) -> Iterator[Product]:
+        img = modcrop(imread_uint(path, None), self.multiple)
+        if not img.size:
+            raise UserError(f"smaller than {self.multiple} pixels")
+        yield Product(f"{name}.png", np.ascontiguousarray(img))
+
+
+STEPS: tuple[type[Step], ...] = (Multiscale, Subimages, Masks, LRBicubic, LRBlind, Enlarge, Modcrop)

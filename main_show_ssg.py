@@ -1,0 +1,84 @@
+"""Draw what the self-similarity loss sees, or how a training run went, as one PNG.
+
+python main_show_ssg.py testsets/demo/camera.png --pixel 120 200
+python main_show_ssg.py HR.png --pixel 120 200 --other restored.png       # two images, and where they differ
+python main_show_ssg.py HR.png --other restored.png                       # the pixel that differs most
+python main_show_ssg.py --run experiments/demo_gan_ssl                    # training curves and validation images
+
+The first image is the ground truth: its edges are the mask. X counts columns, Y rows, both from 0.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from utils.utils_error import ArgumentParser, UserError, run
+from utils.utils_figure import SEARCH, ssg_figure, telling_pixel, training_figure
+from utils.utils_image import imread_uint
+from utils.utils_logger import setup
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("image", nargs="?", metavar="IMAGE", help="the image, usually the ground truth")
+    parser.add_argument("--pixel", nargs=2, type=int, metavar=("X", "Y"), help="column and row; default: a telling one")
+    parser.add_argument("--other", metavar="IMAGE", help="another version of it, of the same size")
+    parser.add_argument("--run", metavar="FOLDER", help="a run's folder, instead of an image")
+    parser.add_argument(
+        "--output", metavar="PNG", help="default ./IMAGE_ssg_X_Y.png, or curves.png in the run's folder"
+    )
+    args = parser.parse_args(argv)
+    if (args.image is None) == (args.run is None):
+        parser.error("give either an IMAGE or --run FOLDER")
+    if args.run and (args.pixel or args.other):
+        parser.error("--pixel, --other: are for an IMAGE, not for --run")
+    if args.output and Path(args.output).suffix.lower() != ".png":
+        parser.error(f"--output {args.output}: name a .png file")
+    return args
+
+
+def _show_graphs(args: argparse.Namespace) -> Path:
+    paths = [Path(path) for path in (args.image, args.other) if path]
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path}: there is no such image")
+    images = [imread_uint(str(path)) for path in paths]
+    height, width = images[0].shape[:2]
+    if images[-1].shape != images[0].shape:
+        size = f"{images[-1].shape[1]}x{images[-1].shape[0]}"
+        raise UserError(f"{paths[-1]} is {size}, {paths[0]} {width}x{height}: give two images of one size")
+    if min(height, width) <= SEARCH // 2:
+        raise UserError(f"{paths[0]} is {width}x{height}: the search area needs sides over {SEARCH // 2} pixels")
+    images = [(image // 257).astype("uint8") if image.dtype == "uint16" else image for image in images]
+    other = images[1] if args.other else None
+    x, y = args.pixel or telling_pixel(images[0], other)
+    if not (0 <= x < width and 0 <= y < height):
+        raise UserError(
+            f"--pixel {x} {y}: lies outside {paths[0]}, where X is 0 to {width - 1} and Y 0 to {height - 1}"
+        )
+    output = Path(args.output or f"{paths[0].stem}_ssg_{x}_{y}.png")
+    if output.resolve() in [path.resolve() for path in paths]:
+        raise UserError(f"--output {output}: is the image itself; name another file")
+    names = [path.stem for path in paths] if len({path.stem for path in paths}) == len(paths) else ["first", "other"]
+    ssg_figure(images[0], other, (x, y), names, output)
+    return output
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line ``argv`` (None = the process's own).
+
+    Raises:
+        UserError: a mistake in it or in the files it names; then nothing has been written.
+    """
+    args = _arguments(argv)
+    setup()
+    if args.run:
+        output = Path(args.output or Path(args.run) / "curves.png")
+        training_figure(Path(args.run), output)
+    else:
+        output = _show_graphs(args)
+    print(output)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,406 @@
+"""How good a restored image E is, beside the ground truth H or alone: one table of metrics for all scripts.
+
+PSNR, SSIM and the SSG distance are computed here, everything else by pyiqa, as in the paper's tables: 8-bit images
+without a border of ``scale`` pixels, then the mean over a set. FID compares whole sets, of whole images.
+"""
+
+import contextlib
+import difflib
+import importlib.util
+import io
+import logging
+import math
+import socket
+import sys
+import types
+import urllib.error
+import urllib.request
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from utils.utils_error import UserError
+from utils.utils_image import calculate_psnr, calculate_ssim, rgb2ycbcr, uint2tensor4, unrounded_y
+from utils.utils_ssl import edge_mask, self_similarity_graph
+
+logger = logging.getLogger(__name__)
+Picture = NDArray[np.uint8]
+
+INSTALL = "python -m pip install -r requirements-extra.txt"
+
+# --------------------------------------------------------------------------------------------------- what there is
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column of the tables.
+
+    Attributes:
+        title: its heading.
+        about: what it is, for the note under a table.
+        higher_better: whether more is better.
+        spec: format of its numbers.
+        needs: ``pair`` = E and H, ``image`` = E alone, ``set`` = all E and all H of a test set.
+        own: computed here, not by pyiqa.
+        smallest: side in pixels that it needs inside the border; smaller images get NaN.
+    """
+
+    title: str
+    about: str
+    higher_better: bool
+    spec: str = ".4f"
+    needs: Literal["pair", "image", "set"] = "pair"
+    own: bool = False
+    smallest: int = 1
+
+
+# By the name that --metrics and test.metrics take; where pyiqa computes it, also pyiqa's.
+METRICS = {
+    "psnr": Metric("PSNR", "dB, on RGB", True, ".2f", own=True),
+    "ssim": Metric("SSIM", "on RGB, mean over the channels", True, own=True, smallest=11),
+    "psnr_y": Metric("PSNR-Y", "dB, on MATLAB's luma, not rounded, as in the paper", True, ".2f", own=True),
+    "ssim_y": Metric("SSIM-Y", "on MATLAB's luma, not rounded, as in the paper", True, own=True, smallest=11),
+    "psnr_y8": Metric("PSNR-Y8", "dB, on luma rounded to 8 bits, as in KAIR", True, ".2f", own=True),
+    "ssim_y8": Metric("SSIM-Y8", "on luma rounded to 8 bits, as in KAIR", True, own=True, smallest=11),
+    "ssg": Metric(
+        "SSG",
+        "distance of the self-similarity graphs at H's edges: 1000 (L1 + KL), the loss SSL",
+        False,
+        ".3f",
+        own=True,
+        smallest=13,  # more than half of the search area
+    ),
+    "lpips": Metric("LPIPS", "learned perceptual distance, AlexNet, v0.1", False),
+    "dists": Metric("DISTS", "structure and texture distance, VGG16", False),
+    "fid": Metric("FID", "Frechet distance of Inception features over the set, whole images", False, ".2f", "set"),
+    "niqe": Metric("NIQE", "natural image statistics, no reference", False, ".3f", "image", smallest=96),
+    "musiq": Metric("MUSIQ", "learned quality, KonIQ-10k, no reference", True, ".2f", "image"),
+    "clipiqa": Metric("CLIPIQA", "CLIP's quality, no reference", True, ".4f", "image"),
+    "maniqa": Metric("MANIQA", "learned quality, KonIQ-10k, no reference", True, ".4f", "image"),
+    "ms_ssim": Metric("MS-SSIM", "SSIM over five scales, luma", True, smallest=161),
+    "fsim": Metric("FSIM", "phase congruency and gradients, with colour", True, smallest=2),
+    "gmsd": Metric("GMSD", "deviation of the gradient similarity, luma", False, smallest=2),
+    "vif": Metric("VIF", "visual information fidelity, luma", True, smallest=41),
+    "nlpd": Metric("NLPD", "normalised Laplacian pyramid distance, luma", False, smallest=2),
+    "mad": Metric("MAD", "most apparent distortion; slow", False, ".2f", smallest=16),
+    "piqe": Metric("PIQE", "block-wise distortion, no reference", False, ".2f", "image", smallest=16),
+}
+
+_DEFAULT = ("psnr", "ssim", "psnr_y", "ssim_y", "ssg")
+GROUPS = {
+    "default": _DEFAULT,
+    "paper": ("psnr_y", "ssim_y", "ssg", "lpips", "dists", "fid", "niqe", "musiq", "clipiqa", "maniqa"),
+    # What needs no download.
+    "offline": (*_DEFAULT, "ms_ssim", "fsim", "gmsd", "vif", "nlpd", "mad", "piqe"),
+}
+
+
+def choose(names: Iterable[str]) -> list[str]:
+    """Names of ``METRICS`` from names and groups, each once, in the order given.
+
+    Raises:
+        UserError: an unknown name, with the nearest one.
+    """
+    chosen: dict[str, None] = {}
+    for name in names:
+        if name not in GROUPS and name not in METRICS:
+            known = [*GROUPS, *METRICS]
+            near = difflib.get_close_matches(name.lower().replace("-", "_"), known, 1)
+            remedy = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}"
+            raise UserError(f"{name!r} is not a metric of this program; {remedy}")
+        chosen |= dict.fromkeys(GROUPS.get(name, (name,)))
+    return list(chosen)
+
+
+# ---------------------------------------------------------------------------------------------------------- our own
+
+_BAND_PIXELS = 2**15  # a band's graphs take at most 80 MB each, commonly a tenth of that
+_SEARCH, _EPS = 25, 1e-10  # of utils_ssl
+
+
+def ssg_maps(
+    estimates: Sequence[Picture], H: Picture, border: int = 0, device: torch.device | str = "cpu"
+) -> NDArray[np.float32]:
+    """Where the self-similarity graphs of estimates differ from the ground truth's: false or missing structure.
+
+    At each edge pixel of H (threshold 20) the mean over the graph's 625 entries of ``1000 (|S_E - S_H| + S_H (ln S_H -
+    ln S_E))``. The mean of a map is ``SelfSimilarityLoss(1000, 1000)``, the SSG distance. H's graphs are computed once.
+
+    Args:
+        estimates, H: (H, W, 3) RGB or (H, W) gray, uint8, of one shape.
+        border: pixels left out at each side, before the graphs are computed.
+
+    Returns:
+        (len(estimates), H, W): NaN off the edges, in the border, and everywhere where a side inside the border does not
+        exceed half the search area (12 pixels).
+    """
+    height, width = H.shape[:2]
+    maps = np.full((len(estimates), height, width), np.nan, np.float32)
+    radius = _SEARCH // 2
+    if min(height, width) - 2 * border <= radius:
+        return maps
+    inside = np.s_[border : height - border, border : width - border]
+    hr, *srs = (uint2tensor4(np.ascontiguousarray(image[inside])).to(device) for image in (H, *estimates))
+    mask = edge_mask(hr)
+    rows = max(radius + 1, _BAND_PIXELS // hr.shape[-1])
+    for top in range(0, hr.shape[-2], rows):
+        # A graph reads no farther than the search area: the band and this margin are all it needs.
+        band = np.s_[:, :, max(0, top - radius) : min(hr.shape[-2], top + rows + radius)]
+        of_band = torch.zeros_like(mask)
+        of_band[:, :, top : top + rows] = mask[:, :, top : top + rows]
+        at = of_band[0, 0].nonzero().cpu().numpy() + border
+        if len(at):
+            target = self_similarity_graph(hr[band], of_band[band])
+            log_target = target.clamp(min=_EPS).log_()
+            for sr, values in zip(srs, maps, strict=True):
+                graph = self_similarity_graph(sr[band], of_band[band])
+                l1 = (graph - target).abs_().mean(1)
+                kl = (target.clamp(min=_EPS) * (log_target - graph.clamp_(min=_EPS).log_())).mean(1)
+                values[at[:, 0], at[:, 1]] = 1000 * (l1 + kl).cpu().numpy()
+    return maps
+
+
+def _mean(values: NDArray[np.float32]) -> float:
+    """The mean of what is not NaN; NaN where there is nothing."""
+    measured = values[~np.isnan(values)]
+    return float(measured.mean(dtype=np.float64)) if measured.size else math.nan
+
+
+def _luma8(image: Picture) -> Picture:
+    return image if image.ndim == 2 else rgb2ycbcr(image)
+
+
+_OWN: dict[str, Callable[[Picture, Picture, int], float]] = {
+    "psnr": calculate_psnr,
+    "ssim": calculate_ssim,
+    "psnr_y": lambda E, H, border: calculate_psnr(unrounded_y(E), unrounded_y(H), border),
+    "ssim_y": lambda E, H, border: calculate_ssim(unrounded_y(E), unrounded_y(H), border),
+    "psnr_y8": lambda E, H, border: calculate_psnr(_luma8(E), _luma8(H), border),
+    "ssim_y8": lambda E, H, border: calculate_ssim(_luma8(E), _luma8(H), border),
+}
+
+
+def frechet_distance(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """Frechet distance of two Gaussians fitted to features, (n, d) and (m, d); NaN for fewer than two of either.
+
+    ``|mean_a - mean_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^(1/2))``, Heusel et al. 2017, eq. 6. With far fewer images than
+    features the d x d root is slow and singular; the trace is also the sum of the singular values of X_a X_b^T, where X
+    are the centred features over sqrt(n - 1), which is n x m and exact.
+    """
+    if min(len(a), len(b)) < 2:
+        return math.nan
+    means = [x.astype(np.float64).mean(0) for x in (a, b)]
+    X_a, X_b = ((x - mean) / math.sqrt(len(x) - 1) for x, mean in zip((a, b), means, strict=True))
+    root = np.linalg.svd(X_a @ X_b.T, compute_uv=False).sum()
+    return float(np.square(means[0] - means[1]).sum() + np.square(X_a).sum() + np.square(X_b).sum() - 2 * root)
+
+
+# ------------------------------------------------------------------------------------------------------------ pyiqa
+
+
+def _online() -> bool:
+    """Whether the site that holds pyiqa's weights answers, through a proxy if the environment names one."""
+    from huggingface_hub import constants
+
+    try:
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=5).close()
+    except urllib.error.HTTPError:
+        return True  # it answers
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _loading(online: bool) -> Iterator[None]:
+    """Build pyiqa's networks quietly, and give up soon where weights cannot be fetched; its cache works either way."""
+    from huggingface_hub import constants
+
+    timeout, offline = socket.getdefaulttimeout(), constants.HF_HUB_OFFLINE
+    # OpenAI's CLIP takes `packaging` from setuptools' pkg_resources, which newer setuptools no longer has.
+    stand_in = None if importlib.util.find_spec("pkg_resources") else types.ModuleType("pkg_resources")
+    if stand_in:
+        import packaging.version
+
+        stand_in.packaging = packaging  # type: ignore[attr-defined]
+        sys.modules["pkg_resources"] = stand_in
+    try:
+        socket.setdefaulttimeout(30 if online else 3)
+        constants.HF_HUB_OFFLINE = offline or not online  # else it tries for a minute
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it loads
+            yield
+    finally:
+        socket.setdefaulttimeout(timeout)
+        constants.HF_HUB_OFFLINE = offline
+        if stand_in:
+            del sys.modules["pkg_resources"]
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, OSError):  # URLError, and huggingface_hub's errors, which say it in a paragraph
+        reason = f" ({error.reason})" if isinstance(error, urllib.error.URLError) else ""
+        return f"its weights are not in the cache and cannot be fetched{reason}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _load_pyiqa(names: Sequence[str], device: torch.device | str) -> tuple[dict[str, Any], dict[str, str]]:
+    """-> metric name -> pyiqa's network; metric name -> why it cannot be had.
+
+    Raises:
+        UserError: pyiqa is not installed, or cannot be imported.
+    """
+    titles = ", ".join(METRICS[name].title for name in names)
+    try:
+        import pyiqa
+    except ImportError as error:
+        raise UserError(f"{titles}: needs pyiqa, which cannot be imported here ({error}): {INSTALL}") from None
+    networks, missing = {}, {}
+    online = not set(names) <= set(GROUPS["offline"]) and _online()
+    for name in names:
+        try:
+            with _loading(online):
+                networks[name] = pyiqa.create_metric(name, device=torch.device(device))
+        except Exception as error:  # whatever is wrong with one metric's code or weights, the others are computed
+            missing[name] = _why(error)
+    return networks, missing
+
+
+def _as_input(image: Picture, border: int, device: torch.device | str) -> torch.Tensor:
+    """(1, 3, H, W) in [0, 1] without the border, gray repeated: what pyiqa takes."""
+    inside = image[border : image.shape[0] - border, border : image.shape[1] - border]
+    return uint2tensor4(np.ascontiguousarray(inside)).expand(-1, 3, -1, -1).to(device)
+
+
+# ------------------------------------------------------------------------------------------------------- all of them
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One image: label -> metric name -> value (NaN: cannot be had), and label -> its SSG map (:func:`ssg_maps`)."""
+
+    values: dict[str, dict[str, float]]
+    ssg: dict[str, NDArray[np.float32]]
+
+
+class Measurer:
+    """The chosen metrics, loaded; what cannot be had is named once and left out.
+
+    Args:
+        names: of ``METRICS`` or ``GROUPS``.
+        border: pixels left out at each side, customarily the scale.
+        device: where networks and graphs are computed.
+
+    Attributes:
+        names: the metrics that can be had.
+        missing: name -> why not, of the others.
+
+    Raises:
+        UserError: an unknown name, or one that needs pyiqa where that is not installed.
+    """
+
+    def __init__(self, names: Iterable[str], border: int, device: torch.device | str) -> None:
+        chosen = choose(names)
+        self.border, self.device = border, device
+        self._networks: dict[str, Any] = {}
+        self.missing: dict[str, str] = {}
+        if foreign := [name for name in chosen if not METRICS[name].own]:
+            self._networks, self.missing = _load_pyiqa(foreign, device)
+        for name, why in self.missing.items():
+            logger.info("%s is left out: %s", METRICS[name].title, why)
+        self.names = [name for name in chosen if name not in self.missing]
+        self._features: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
+
+    def names_for(self, with_truth: bool) -> list[str]:
+        """The metrics of a set with ground truth, or of one without."""
+        return [name for name in self.names if with_truth or METRICS[name].needs == "image"]
+
+    def measure(self, estimates: Mapping[str, Picture], H: Picture | None) -> Measured:
+        """All metrics for one image; those over a set come from :meth:`of_set` after its last image.
+
+        Args:
+            estimates: label -> RGB (H, W, 3) or gray (H, W), uint8; a gray image is its own luma.
+            H: the ground truth, of the same shape, or None where there is none.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+        for label, E in estimates.items():
+            if H is not None and E.shape != H.shape:
+                raise ValueError(f"images of different shapes cannot be compared: {label} {E.shape} and {H.shape}")
+        names = [name for name in self.names_for(H is not None) if METRICS[name].needs != "set"]
+        ssg: dict[str, NDArray[np.float32]] = {}
+        if H is not None and "ssg" in names:
+            ssg = dict(zip(estimates, ssg_maps(list(estimates.values()), H, self.border, self.device), strict=True))
+        values = {
+            label: {name: _mean(ssg[label]) if name == "ssg" else self._value(name, E, H) for name in names}
+            for label, E in estimates.items()
+        }
+        if H is not None and "fid" in self._networks:
+            for label, image in (*estimates.items(), ("", H)):
+                self._features[label].append(self._inception(image))
+        return Measured(values, ssg)
+
+    def of_set(self) -> dict[str, dict[str, float]]:
+        """Label -> metric name -> value over the images measured since the last call."""
+        features = {label: np.stack(rows) for label, rows in self._features.items()}
+        self._features.clear()
+        truth = features.pop("", None)
+        return {} if truth is None else {label: {"fid": frechet_distance(x, truth)} for label, x in features.items()}
+
+    def _value(self, name: str, E: Picture, H: Picture | None) -> float:
+        border, metric = self.border, METRICS[name]
+        if min(E.shape[:2]) - 2 * border < metric.smallest:
+            return math.nan
+        if metric.own:
+            assert H is not None
+            return _OWN[name](E, H, border)
+        images = [E] if metric.needs == "image" or H is None else [E, H]
+        inputs = [_as_input(image, border, self.device) for image in images]
+        if name == "mad":  # pyiqa's is 0 where a side is odd
+            inputs = [x[..., : x.shape[-2] // 2 * 2, : x.shape[-1] // 2 * 2] for x in inputs]
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                return float(self._networks[name](*inputs))
+        except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+            size = f"{E.shape[1]}x{E.shape[0]}"
+            logger.info("%s has no value for an image of %s: %s", metric.title, size, _why(error))
+            return math.nan
+
+    def _inception(self, image: Picture) -> NDArray[np.float32]:
+        """FID's 2048 features, as in BasicSR: resized bilinearly to 299 x 299, values in [-1, 1]."""
+        small = F.interpolate(_as_input(image, 0, self.device), (299, 299), mode="bilinear", align_corners=False)
+        with torch.inference_mode():
+            features = self._networks["fid"].net.model(small, resize_input=False, normalize_input=True)[0]
+        return features.flatten().cpu().numpy()
+
+    def describe(self, n_channels: int) -> str:
+        """What the columns are: the note under a table."""
+        notes = [f"{METRICS[name].title}: {METRICS[name].about}" for name in self.names]
+        gray = "" if n_channels == 3 else " Gray images are their own luma, and repeated where RGB is needed."
+        library = f" By pyiqa {pyiqa_version()}: {', '.join(METRICS[n].title for n in self._networks)}."
+        return (
+            f"{'; '.join(notes)}. 8-bit images without a border of {self.border} px, mean over the images; '-': image "
+            f"too small or without edges, or no ground truth.{gray}{library if self._networks else ''}"
+        )
+
+
+def pyiqa_version() -> str:
+    """Of the pyiqa that is installed."""
+    from importlib.metadata import version
+
+    return version("pyiqa")
+
+
+def mean_metrics(values: Sequence[Mapping[str, float]], names: Iterable[str]) -> dict[str, float]:
+    """The mean of each metric over the images that have it; NaN where none has."""
+    means = {}
+    for name in names:
+        measured = [image[name] for image in values if not math.isnan(image.get(name, math.nan))]
+        means[name] = sum(measured) / len(measured) if measured else math.nan
+    return means
