@@ -10,7 +10,7 @@ import torch
 REPOSITORY = Path(__file__).resolve().parent.parent
 GOLDEN = REPOSITORY.parent / "shared" / "golden"
 sys.path.insert(0, str(REPOSITORY))
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # on networks this small, threads would mostly wait for each other
 
 
 @pytest.fixture(scope="session")

@@ -18,15 +18,6 @@ STRENGTHS = [blindsr.KAIR, blindsr.SSL_FORK]
 ANISOTROPIC = [(15, 0.5, 6.0, 1.5), (21, 2.2, 3.0, 3.0), (7, 0.0, 0.8, 0.2), (12, 1.0, 4.0, 1.0)]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """As in the reading processes, and much faster for small images."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def degrade(img, sf, seed, strength, draw=blindsr.draw_bsrgan):
     rng = np.random.default_rng(seed)
     return on_image.apply(img, draw(img.shape, sf, rng, strength), rng)

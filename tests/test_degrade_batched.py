@@ -23,15 +23,6 @@ from utils.utils_image import imsave, single2tensor3, uint2single, uint2tensor4
 from utils.utils_option import DatasetOptions, parse
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Much faster for small images."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def photo(height=48, width=56, seed=0, channels=3):
     return uint2single(photograph(height, width, seed, channels))
 

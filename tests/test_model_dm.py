@@ -47,7 +47,6 @@ TERMS = ("train.G_lossfn_weight=0.1", *BOXSUM)
 
 @pytest.fixture
 def work(tmp_path: Path) -> Workplace:
-    torch.set_num_threads(1)  # networks as small as these are slower with more
     place = Workplace(tmp_path)
     del place.options["netD"], place.options["train"]["gan_type"], place.options["train"]["D_lossfn_weight"]
     place.options |= {"model": "dm", "netG": dict(NETG), "diffusion": dict(RESSHIFT)}

@@ -1,7 +1,6 @@
 """The networks of SPSR, RankSRGAN and BasicSR's discriminators compute what the published ones compute."""
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +35,6 @@ CLASSES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 IN_NC = ("in_nc", "num_in_ch", "in_chl")
 BASE_NC = ("nf", "num_feat")
 ONE_FORM = ("norm_type", "mode")  # of SPSRNet, always None and "CNA"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """SPSR is hundreds of tiny convolutions here, on which threads wait for each other longer than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(name: str, golden: dict[str, Any]) -> nn.Module:

@@ -4,7 +4,6 @@ import csv
 import importlib
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -62,11 +61,8 @@ class Results(Workplace):
 
 
 @pytest.fixture
-def work(tmp_path: Path) -> Iterator[Results]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # networks as small as these are slower with more
-    yield Results(tmp_path)
-    torch.set_num_threads(threads)
+def work(tmp_path: Path) -> Results:
+    return Results(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------------------- pairs

@@ -36,15 +36,6 @@ def plans(strength, n, size=64):
     return [draw_realesrgan((size, size, 3), 4, rng, strength) for _ in range(n)]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """As in the reading processes, and much faster for small images."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def photo(height=48, width=56, seed=0, channels=3):
     return uint2tensor4(photograph(height, width, seed, channels))
 

@@ -4,7 +4,6 @@ import importlib
 import json
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -230,15 +229,6 @@ TERMS = {
 SAVED = {"plain": "", "gan": "D optimizerD", "spsr": "D D_grad optimizerD optimizerD_grad"}
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Networks as small as these are slower with more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with training images of H, small ones of L to restore, and a ranker."""
@@ -273,7 +263,6 @@ def reduced(opt: Options, place: Path) -> list[str]:
     return result
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_trains_saves_goes_on_and_restores(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opt = options(name)

@@ -3,7 +3,7 @@
 import json
 import pickle
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -87,15 +87,6 @@ def restorer(path: Path | str) -> Restorer:
 def image() -> Tensor:
     """No size that a window or a pyramid divides, and smaller than what some take."""
     return torch.rand(1, 3, 13, 19, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Many tiny operations: threads that wait for one another cost more than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -60,13 +60,10 @@ class Systems(Workplace):
 
 
 @pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Systems]:
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Systems:
     # SPSR has 20 blocks or more, each of 15 convolutions; what is tested here is not in them.
     monkeypatch.setattr("models.network_spsr._rrdb", lambda nc, gc: nn.Conv2d(nc, nc, 3, 1, 1))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # with networks this small, threads would mostly wait for each other
-    yield Systems(tmp_path)
-    torch.set_num_threads(threads)
+    return Systems(tmp_path)
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
-import torchvision
 
 from utils.utils_error import UserError
 
@@ -34,7 +34,7 @@ def run_facts(device: torch.device | None = None) -> dict[str, str]:
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torchvision": version("torchvision"),
         "opencv": cv2.__version__,
         "numpy": np.__version__,
         "device": torch.cuda.get_device_name(device) if is_cuda else f"{platform.machine()} CPU",
