@@ -38,7 +38,10 @@ def _matplotlib() -> Any:
         import matplotlib
         import matplotlib.figure
     except ImportError as error:
-        raise UserError(f"figures are drawn by matplotlib, which cannot be imported ({error}): python -m pip install -r requirements.txt") from None
+        raise UserError(
+            f"figures are drawn by matplotlib, which cannot be imported ({error}): "
+            "python -m pip install -r requirements.txt"
+        ) from None
     return matplotlib
 
 
