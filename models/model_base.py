@@ -25,6 +25,9 @@ from utils.utils_tile import restore
 
 logger = logging.getLogger(__name__)
 
+# The terms that are means over the batch's edge pixels; every other one is a mean over its images.
+OVER_EDGES = ("ssl", "ssl_l1", "ssl_kl")
+
 
 def image_of(output: Tensor | SPSROutput) -> Tensor:
     """The estimate E among what a generator returns."""
