@@ -100,17 +100,19 @@ def test_two_runs_are_compared_with_bicubic_on_any_sizes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("names", "taken"),
+    ("names", "taken", "why"),
     [
-        (("9_E", "9_G", "10_E", "10_G", "100_optimizerG"), "10_E.pth"),
-        (("9_G", "20_G", "100_D"), "20_G.pth"),
+        (("9_E", "9_G", "10_E", "10_G", "100_optimizerG"), "10_E.pth", "the average E"),
+        (("9_G", "20_G", "100_D"), "20_G.pth", "no average E is there"),
+        (("20_E", "20_G", "400_G"), "400_G.pth", "the newest average 20_E.pth is 380 steps older than G"),
+        (("20_G", "100_E"), "100_E.pth", "the average E"),
     ],
 )
-def test_the_newest_average_of_a_run_is_taken_and_named(tmp_path, capsys, names, taken):
+def test_the_newest_weights_of_a_run_are_taken_and_named(tmp_path, capsys, names, taken, why):
     run = save_run(tmp_path / "run", names=names)
     L = save_images(tmp_path / "L", {"a.png": (9, 13)})
     main(["--model_path", str(run), "--input", str(L), "--output", str(tmp_path / "out")])
-    assert f"is {taken}" in capsys.readouterr().out
+    assert f"is {taken} ({why})" in capsys.readouterr().out
     main(["--model_path", f"run={run / 'models' / taken}", "--input", str(L), "--output", str(tmp_path / "other")])
     assert np.array_equal(*(results(tmp_path / name)["run/L/a.png"] for name in ("out", "other")))
 
