@@ -40,7 +40,7 @@ def _check_moments(optimizer: torch.optim.Optimizer) -> None:
     """Raise ValueError where Adam's state is not of its parameters; torch would find out in the middle of a step."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            state = optimizer.state.get(parameter)
+            state: dict[str, Any] = optimizer.state.get(parameter) or {}
             for name in ("exp_avg", "exp_avg_sq") if state else ():
                 found = state.get(name)
                 if not isinstance(found, Tensor) or found.shape != parameter.shape or "step" not in state:

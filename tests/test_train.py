@@ -1,6 +1,7 @@
 """Training: resuming, repeating, stopping, failing; and each step's arithmetic by hand."""
 
 import json
+import math
 import os
 import random
 import re
@@ -25,6 +26,7 @@ from utils.utils_error import UserError
 from utils.utils_image import imread_uint, imsave
 from utils.utils_resume import Checkpoints
 from utils.utils_ssl import edge_mask
+from utils.utils_validate import validate
 
 GAN = ("model=gan", *SSL)
 LAST = (*GAN, "train.channels_last=true")
@@ -248,6 +250,32 @@ def test_a_perfect_score_stays_the_best_over_a_restart(work: Workplace, monkeypa
     for last in (1, 2, 3):
         work.run(*each, f"train.iterations={last}")
     assert sorted({p.name.split("_")[0] for p in (work.folder() / "models").iterdir()}) == ["1", "3"]
+
+
+def test_one_perfect_image_does_not_make_the_mean_infinite(work: Workplace, caplog) -> None:
+    model = work.model()
+    truths = [torch.from_numpy(photograph(40, 40, seed)).permute(2, 0, 1) / 255 for seed in range(3)]
+    items = [{"L": H[:, ::4, ::4], "H": H} for H in truths]
+    answers = iter([truths[0], truths[1] * 0.9, truths[2] * 0.9, *truths, truths[0] * torch.nan, *truths[1:]])
+    model.test = lambda: setattr(model, "E", next(answers)[None])  # type: ignore[attr-defined]
+
+    def validated() -> dict[str, float]:
+        with caplog.at_level("INFO"):
+            return validate(model, items, 4, work.root / "grid.png", 0, torch.device("cpu"))  # type: ignore[arg-type]
+
+    assert 15 < validated()["psnr"] < 40
+    assert "1 of 3 images equal the ground truth (infinite PSNR): not in the mean" in caplog.messages
+    assert validated() == {"psnr": math.inf, "ssim": 1.0}
+    assert all(math.isnan(value) for value in validated().values())  # of an estimate that is NaN
+
+
+def test_validation_without_memory_names_smaller_tiles(work: Workplace, monkeypatch) -> None:
+    def fails(*_args):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("models.model_base.ModelSR.test", fails)
+    with pytest.raises(UserError, match=r"validation: the memory .* whole images; .* test\.tile=256"):
+        work.run("train.iterations=2")
 
 
 def test_an_optimizer_file_of_something_else_is_one_line(work: Workplace) -> None:
