@@ -7,12 +7,12 @@ python main_test.py --model_path psnr=experiments/demo_psnr gan_ssl=experiments/
 python main_test.py --model_path gan=A.pth gan_ssl=B.pth --gt testsets/Set5 testsets/Set14 - \\
     --input - - testsets/RealSet65 --metrics paper
 
-A model is a checkpoint file or a run's folder (then its newest average, {iter}_E.pth). Without --input, L is made from
-the ground truth by MATLAB bicubic. Several sets are given in order, - where one has no --gt or no --input. Models X and
-X_ssl are compared as without and with SSL. Images go to OUTPUT/{model}/{set}/{name}.png, beside them results.csv,
-results.json, results.md, report.html (to compare by eye, in any browser) and side_by_side.png; the same command again
-replaces its own results. OUTPUT is by default the run's folder results/, or ./results for several models and for
-checkpoints outside a run.
+A model is a checkpoint file or a run's folder (then its newest step, of that the average {iter}_E.pth if there is one).
+Without --input, L is made from the ground truth by MATLAB bicubic. Several sets are given in order, - where one has no
+--gt or no --input. Models X and X_ssl are compared as without and with SSL. Images go to
+OUTPUT/{model}/{set}/{name}.png, beside them results.csv, results.json, results.md, report.html (to compare by eye, in
+any browser) and side_by_side.png; the same command again replaces its own results. OUTPUT is by default the run's
+folder results/, or ./results for several models and for checkpoints outside a run.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--metrics", nargs="+", help=f"of {', '.join(METRICS)}; or {', '.join(GROUPS)}")
     parser.add_argument("--report_images", type=int, help="images in report.html; 0 = no such file (default 30)")
     parser.add_argument("--output", help="folder for the results")
-    parser.add_argument("--param_key", help="which weights of the file; default params_ema, params or all")
+    parser.add_argument("--param_key", help="which weights of the file; default an average, else params, else all")
     parser.add_argument("--device", help="cpu, cuda or cuda:1; default the first GPU, if any")
     args = parser.parse_args(argv)
     alone = [f"--{name}" for name in ("input", "gt", "scale", "tile", "tile_overlap", "output", "param_key")]

@@ -24,7 +24,7 @@ from tests.training import SSL, Workplace, assert_same, tree
 from utils.utils_checkpoint import unwrap
 from utils.utils_error import UserError
 from utils.utils_image import imread_uint, imsave
-from utils.utils_resume import Checkpoints
+from utils.utils_resume import Checkpoints, newest_generator
 from utils.utils_ssl import edge_mask
 from utils.utils_validate import validate
 
@@ -225,6 +225,18 @@ def test_averages_of_before_go_with_their_step_when_there_are_none_any_more(work
         "4_optimizerG.pth",
         "4_state.json",
     ]
+
+
+def test_the_newest_generator_is_of_the_newest_step_in_any_folder(tmp_path) -> None:
+    assert newest_generator(tmp_path) is None
+    for name in ("9_E", "9_G", "10_G", "100_D", "0200_G", "x_G"):
+        (tmp_path / f"{name}.pth").touch()
+    assert newest_generator(tmp_path) == tmp_path / "10_G.pth"
+    (tmp_path / "models").mkdir()
+    for name in ("20_E", "20_G"):
+        (tmp_path / "models" / f"{name}.pth").touch()
+    assert newest_generator(tmp_path) == tmp_path / "models" / "20_E.pth"
+    assert newest_generator(tmp_path, "G") == tmp_path / "models" / "20_G.pth"
 
 
 @pytest.mark.parametrize("wrong", ['"x"', "NaN", "-1", "1e999", "[1]", "true", "99999999999999999999", '{"a": 1}'])

@@ -188,8 +188,11 @@ class _Unknown:
     def add(self, _: Any) -> None: ...
 
 
-class _Look(pickle.Unpickler):
-    """Finds the names in a pickle; none of them is looked up, so that nothing can be called."""
+class _Look(pickle._Unpickler):
+    """Finds the names in a pickle; none of them is looked up, so that nothing can be called.
+
+    The one in Python: a few bytes make the one in C reserve gigabytes for its memo.
+    """
 
     def __init__(self, file: IO[bytes], names: dict[str, None]) -> None:
         super().__init__(file)
