@@ -7,12 +7,12 @@ python main_test.py --model_path psnr=experiments/demo_psnr gan_ssl=experiments/
 python main_test.py --model_path gan=A.pth gan_ssl=B.pth --gt testsets/Set5 testsets/Set14 - \\
     --input - - testsets/RealSet65 --metrics paper
 
-A model is a checkpoint file or a run's folder (then its newest average, {iter}_E.pth). Without --input, L is made from
-the ground truth by MATLAB bicubic. Several sets are given in order, - where one has no --gt or no --input. Models X and
-X_ssl are compared as without and with SSL. Images go to OUTPUT/{model}/{set}/{name}.png, beside them results.csv,
-results.json, results.md, report.html (to compare by eye, in any browser) and side_by_side.png; the same command again
-replaces its own results. OUTPUT is by default the run's folder results/, or ./results for several models and for
-checkpoints outside a run.
+A model is a checkpoint file or a run's folder (then its newest step, of that the average {iter}_E.pth if there is one).
+Without --input, L is made from the ground truth by MATLAB bicubic. Several sets are given in order, - where one has no
+--gt or no --input. Models X and X_ssl are compared as without and with SSL. Images go to
+OUTPUT/{model}/{set}/{name}.png, beside them results.csv, results.json, results.md, report.html (to compare by eye, in
+any browser) and side_by_side.png; the same command again replaces its own results. OUTPUT is by default the run's
+folder results/, or ./results for several models and for checkpoints outside a run.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from utils.utils_metrics import GROUPS, METRICS, Measurer, choose
 from utils.utils_option import DatasetOptions, TestOptions, parse
 from utils.utils_report import Report, check_output, output_names
 from utils.utils_run import run_facts
-from utils.utils_tile import check_tile, restore
+from utils.utils_tile import check_tile, enough_memory, restore, tile_remedy
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ class Job:
     metrics: Sequence[str]
     report_images: int
     device: torch.device
+    tile_setting: str  # how another tile is asked for
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -71,7 +72,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--metrics", nargs="+", help=f"of {', '.join(METRICS)}; or {', '.join(GROUPS)}")
     parser.add_argument("--report_images", type=int, help="images in report.html; 0 = no such file (default 30)")
     parser.add_argument("--output", help="folder for the results")
-    parser.add_argument("--param_key", help="which weights of the file; default params_ema, params or all")
+    parser.add_argument("--param_key", help="which weights of the file; default an average, else params, else all")
     parser.add_argument("--device", help="cpu, cuda or cuda:1; default the first GPU, if any")
     args = parser.parse_args(argv)
     alone = [f"--{name}" for name in ("input", "gt", "scale", "tile", "tile_overlap", "output", "param_key")]
@@ -109,7 +110,8 @@ def _job(args: argparse.Namespace) -> Job:
         output = Path(opt.test.output) if opt.test.output else opt.task_dir / "results"
         test = opt.test
         models = [load_restorer_of(opt, device)]
-        return Job(models, sets, output, test.tile, test.tile_overlap, test.metrics, test.report_images, device)
+        more = test.metrics, test.report_images, device, "test.tile="
+        return Job(models, sets, output, test.tile, test.tile_overlap, *more)
     tile = args.tile or 0
     tile_overlap = 32 if args.tile_overlap is None else args.tile_overlap
     check_tile(tile, tile_overlap)
@@ -134,7 +136,7 @@ def _job(args: argparse.Namespace) -> Job:
     defaults = TestOptions()
     metrics = choose(args.metrics or defaults.metrics)
     report_images = defaults.report_images if args.report_images is None else args.report_images
-    return Job(models, sets, output, tile, tile_overlap, metrics, report_images, device)
+    return Job(models, sets, output, tile, tile_overlap, metrics, report_images, device, "--tile ")
 
 
 def _pairs(inputs: list[str] | None, gts: list[str] | None) -> dict[str, tuple[str | None, str | None]]:
@@ -188,14 +190,21 @@ def _restore_set(job: Job, data: DatasetOptions, dataset: Any, names: list[str],
         L = item["L"][None].to(job.device)
         bits = 16 if imread_uint(item["L_path"], data.n_channels).dtype == np.uint16 else 8
         H = tensor2uint(item["H"]) if "H" in item else None
-        estimates = {"bicubic": tensor2uint(imresize(L, scale))}
+        shown = report.shows(data.name, i, H is not None)
+        estimates = {"bicubic": tensor2uint(imresize(L, scale))} if shown else {}
+        broken = []
         for model in job.models:
-            E = restore(model.netG, L, scale, job.tile, job.tile_overlap)
+            with enough_memory(f"{item['L_path']}: {tile_remedy(job.tile, job.tile_setting)}"):
+                E = restore(model.netG, L, scale, job.tile, job.tile_overlap)
+            if not E.isfinite().all():
+                logger.warning("%s: what %s makes of it is not finite (NaN): no numbers of it", name, model.label)
+                broken.append(model.label)
+                E = E.nan_to_num()
             path = job.output / model.label / data.name / f"{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             imsave(tensor2uint(E, bits), str(path))
-            estimates[model.label] = tensor2uint(E)
-        values = report.add(data.name, i, name, estimates, H)
+            estimates |= {model.label: tensor2uint(E)} if shown else {}
+        values = report.add(data.name, i, name, estimates, H, broken if shown else ())
         if bar.disable:
             size = f"{L.shape[-1]}x{L.shape[-2]} -> {L.shape[-1] * scale}x{L.shape[-2] * scale}"
             psnr = "".join(f", {label} {v['psnr']:.2f} dB" for label, v in values.items() if "psnr" in v)
@@ -224,13 +233,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     counts = {data.name: len(names) for data, _, names in prepared}
     first = job.models[0]
     report = Report(Measurer(job.metrics, first.scale, job.device), counts, job.report_images)
+    whole = "" if job.tile else f" or restore in tiles, {job.tile_setting}256,"
     try:
-        for data, dataset, names in prepared:
-            _restore_set(job, data, dataset, names, report)
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
-            raise
-        raise UserError("the memory is too small for whole images: use tiles, --tile 256 or test.tile=256") from error
+        with enough_memory(f"the memory is too small for whole images: choose fewer metrics,{whole} or cut the images"):
+            for data, dataset, names in prepared:
+                _restore_set(job, data, dataset, names, report)
     except OSError as error:
         raise UserError(f"{job.output}: cannot be written: {error.strerror or error}") from error
     for model in job.models:

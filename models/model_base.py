@@ -39,6 +39,18 @@ def _side(name: str) -> str:
     return "G" if name == "E" else name[0]
 
 
+def _check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError where Adam's state is not of its parameters; torch would find out in the middle of a step."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state: dict[str, Any] = optimizer.state.get(parameter) or {}
+            for name in ("exp_avg", "exp_avg_sq") if state else ():
+                found = state.get(name)
+                if not isinstance(found, Tensor) or found.shape != parameter.shape or "step" not in state:
+                    shape = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else "missing"
+                    raise ValueError(f"{name} of a weight of shape {tuple(parameter.shape)} is {shape}")
+
+
 class ModelBase:
     """Networks that are trained: their optimizers and learning rates, their files, one step of one of them.
 
@@ -133,7 +145,8 @@ class ModelBase:
                 if scaler and self.scaler.is_enabled():
                     self.scaler.load_state_dict(scaler)
                 optimizer.load_state_dict(state)
-            except (ValueError, KeyError, TypeError) as error:
+                _check_moments(optimizer)
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
                 raise UserError(f"{path}: does not fit this run's optimizer ({error}); use another task") from error
             # Only the moments come from the file: betas and weight decay are what the options say now.
             for group, own in zip(optimizer.param_groups, settings, strict=True):

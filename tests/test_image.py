@@ -315,6 +315,30 @@ def test_bicubic_of_tensors_is_differentiable_and_agrees_with_numpy():
     assert tensor.grad.sum().item() == pytest.approx(resized.numel())  # each output pixel hands out a weight of 1
 
 
+def test_a_tensor_is_resized_in_blocks_with_the_same_numbers_and_gradient(monkeypatch):
+    image = torch.rand(2, 3, 23, 31, dtype=torch.float64, requires_grad=True)
+    for scale in (4, 3, 1.7, 0.5, 1 / 3):
+        whole = util.imresize(image, scale)
+        (expected,) = torch.autograd.grad(whole.square().sum(), image)
+        with monkeypatch.context() as patch:
+            patch.setattr(util, "_BLOCK", 5)
+            blocks = util.imresize(image, scale)
+        (gradient,) = torch.autograd.grad(blocks.square().sum(), image)
+        # Float64 sums of the same numbers, in another order.
+        torch.testing.assert_close(blocks, whole, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_resizing_a_long_tensor_builds_no_matrix_of_its_whole_length(monkeypatch):
+    sizes = []
+    toarray = util.csr_array.toarray
+    monkeypatch.setattr(
+        util.csr_array, "toarray", lambda self: sizes.append(self.shape[0] * self.shape[1]) or toarray(self)
+    )
+    assert util.imresize(torch.zeros(1, 1, 20000, 2), 4).shape == (1, 1, 80000, 8)
+    assert max(sizes) < 512 * 512
+
+
 # ----------------------------------------------------------------------------------------------------------- metrics
 
 

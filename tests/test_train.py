@@ -1,6 +1,7 @@
 """Training: resuming, repeating, stopping, failing; and each step's arithmetic by hand."""
 
 import json
+import math
 import os
 import random
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +24,9 @@ from tests.training import SSL, Workplace, assert_same, tree
 from utils.utils_checkpoint import unwrap
 from utils.utils_error import UserError
 from utils.utils_image import imread_uint, imsave
+from utils.utils_resume import Checkpoints, newest_generator
 from utils.utils_ssl import edge_mask
+from utils.utils_validate import validate
 
 GAN = ("model=gan", *SSL)
 LAST = (*GAN, "train.channels_last=true")
@@ -210,6 +214,94 @@ def test_only_the_newest_and_the_best_checkpoint_are_kept(work: Workplace, monke
     assert sorted({p.name.split("_")[0] for p in (work.folder() / "models").iterdir()}) == ["2", "3"]
     work.run(*each)  # the best one is remembered over a restart
     assert sorted({p.name.split("_")[0] for p in (work.folder() / "models").iterdir()}) == ["2", "4"]
+
+
+def test_averages_of_before_go_with_their_step_when_there_are_none_any_more(work: Workplace) -> None:
+    keep = ("train.checkpoint_keep=1", "train.checkpoint_save=1", "datasets.test=null")
+    work.run(*keep, "train.iterations=2")
+    work.run(*keep, "train.E_decay=0")
+    assert sorted(path.name for path in (work.folder() / "models").iterdir()) == [
+        "4_G.pth",
+        "4_optimizerG.pth",
+        "4_state.json",
+    ]
+
+
+def test_the_newest_generator_is_of_the_newest_step_in_any_folder(tmp_path) -> None:
+    assert newest_generator(tmp_path) is None
+    for name in ("9_E", "9_G", "10_G", "100_D", "0200_G", "x_G"):
+        (tmp_path / f"{name}.pth").touch()
+    assert newest_generator(tmp_path) == tmp_path / "10_G.pth"
+    (tmp_path / "models").mkdir()
+    for name in ("20_E", "20_G"):
+        (tmp_path / "models" / f"{name}.pth").touch()
+    assert newest_generator(tmp_path) == tmp_path / "models" / "20_E.pth"
+    assert newest_generator(tmp_path, "G") == tmp_path / "models" / "20_G.pth"
+
+
+@pytest.mark.parametrize("wrong", ['"x"', "NaN", "-1", "1e999", "[1]", "true", "99999999999999999999", '{"a": 1}'])
+def test_a_state_with_wrong_numbers_is_left_out_in_a_line_each(work: Workplace, wrong: str, caplog) -> None:
+    models = work.folder() / "models"
+    models.mkdir(parents=True)
+    torch.save({}, models / "2_G.pth")
+    (models / "2_state.json").write_text(f'{{"step": 2, "seed": {wrong}, "best_score": {wrong}, "best_step": {wrong}}}')
+    checkpoints = Checkpoints(models, None)
+    with caplog.at_level("WARNING"):
+        assert checkpoints.seed() is None
+        checkpoints.seed()
+    said = [message.split(" cannot")[0] for message in caplog.messages]
+    assert len(said) == len({*said})
+    assert "2_state.json: seed" in said
+    assert all("\n" not in message and len(message) < 120 for message in caplog.messages)
+
+
+def test_a_perfect_score_stays_the_best_over_a_restart(work: Workplace, monkeypatch) -> None:
+    scores = iter([float("inf"), 30.0, float("nan")])
+    monkeypatch.setattr("utils.utils_train.validate", lambda *a: {"psnr": next(scores), "ssim": 1.0})
+    each = ("train.checkpoint_save=1", "train.checkpoint_test=1", "train.checkpoint_keep=1")
+    for last in (1, 2, 3):
+        work.run(*each, f"train.iterations={last}")
+    assert sorted({p.name.split("_")[0] for p in (work.folder() / "models").iterdir()}) == ["1", "3"]
+
+
+def test_one_perfect_image_does_not_make_the_mean_infinite(work: Workplace, caplog) -> None:
+    model = work.model()
+    truths = [torch.from_numpy(photograph(40, 40, seed)).permute(2, 0, 1) / 255 for seed in range(3)]
+    items = [{"L": H[:, ::4, ::4], "H": H} for H in truths]
+    answers = iter([truths[0], truths[1] * 0.9, truths[2] * 0.9, *truths, truths[0] * torch.nan, *truths[1:]])
+    model.test = lambda: setattr(model, "E", next(answers)[None])  # type: ignore[attr-defined]
+
+    def validated() -> dict[str, float]:
+        with caplog.at_level("INFO"):
+            return validate(model, items, 4, work.root / "grid.png", 0, torch.device("cpu"))  # type: ignore[arg-type]
+
+    assert 15 < validated()["psnr"] < 40
+    assert "1 of 3 images equal the ground truth (infinite PSNR): not in the mean" in caplog.messages
+    assert validated() == {"psnr": math.inf, "ssim": 1.0}
+    assert all(math.isnan(value) for value in validated().values())  # of an estimate that is NaN
+
+
+def test_validation_without_memory_names_smaller_tiles(work: Workplace, monkeypatch) -> None:
+    def fails(*_args):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("models.model_base.ModelSR.test", fails)
+    with pytest.raises(UserError, match=r"validation: the memory .* whole images; .* test\.tile=256"):
+        work.run("train.iterations=2")
+
+
+def test_an_optimizer_file_of_something_else_is_one_line(work: Workplace) -> None:
+    work.run("train.iterations=2", "datasets.test=null")
+    path = work.folder() / "models" / "2_optimizerG.pth"
+    good = torch.load(path, weights_only=True)
+    turned = {**good["state"], 0: {**good["state"][0], "exp_avg": torch.zeros(3, 3)}}
+    lacking = {**good["state"], 0: {"step": good["state"][0]["step"]}}
+    others: list[Any] = [[1, 2], "text", {}, {**good, "param_groups": 3}, {**good, "state": []}, {"w": torch.ones(2)}]
+    for content in (*others, {**good, "state": turned}, {**good, "state": lacking}):
+        torch.save(content, path)
+        with pytest.raises(UserError, match=r"2_optimizerG\.pth: does not fit this run's optimizer") as caught:
+            work.run("train.iterations=3", "datasets.test=null")
+        assert "\n" not in str(caught.value)
 
 
 def test_leftovers_of_a_later_step_do_not_push_out_what_is_saved_now(work: Workplace) -> None:

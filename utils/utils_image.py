@@ -7,10 +7,10 @@ An LMDB folder (``X.lmdb``, see utils_lmdb.py) reads like a folder of images eve
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from io import BytesIO
-from math import ceil, inf, log10
+from math import ceil, inf, log10, nan
 from typing import Any
 
 import cv2
@@ -402,23 +402,49 @@ def imresize_np(
 
 
 def imresize(img: torch.Tensor, scale: float, antialiasing: bool = True) -> torch.Tensor:
-    """:func:`imresize_np` for a tensor ``(..., H, W)``, on its device and differentiable."""
+    """:func:`imresize_np` for a tensor ``(..., H, W)``, on its device and differentiable.
 
-    def matrix(n_in: int) -> torch.Tensor:
-        return torch.from_numpy(_bicubic_matrix(n_in, scale, antialiasing, np.float64).toarray()).to(img)
+    Blocks of the result are small dense products: the whole matrix would grow with the square of the side.
+    """
+    rows = [block @ img[..., inputs, :] for block, inputs in _bicubic_blocks(img.shape[-2], scale, antialiasing, img)]
+    img = torch.cat(rows, dim=-2)
+    columns = _bicubic_blocks(img.shape[-1], scale, antialiasing, img)
+    return torch.cat([img[..., inputs] @ block.T for block, inputs in columns], dim=-1)
 
-    return matrix(img.shape[-2]) @ img @ matrix(img.shape[-1]).T
+
+def _bicubic_blocks(
+    n_in: int, scale: float, antialiasing: bool, like: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, slice]]:
+    """The matrix of :func:`_bicubic_matrix` in blocks of rows, each with the columns that are not zero in it."""
+    matrix = _bicubic_matrix(n_in, scale, antialiasing, np.float64)
+    for first in range(0, matrix.shape[0], _BLOCK):
+        block = matrix[first : first + _BLOCK]
+        inputs = slice(int(block.indices.min()), int(block.indices.max()) + 1)
+        yield torch.from_numpy(block[:, inputs].toarray()).to(like), inputs
+
+
+_BLOCK = 512  # rows: a training patch's matrix is one block
 
 
 # ----------------------------------------------------------------------------------------------------------- metrics
 
 
-def _comparable(img1: Array, img2: Array, border: int) -> tuple[Array, Array]:
+def _comparable(img1: Array, img2: Array, border: int, window: int = 1) -> Iterator[tuple[Array, Array]]:
+    """Both images inside the border as float64, in bands of rows: whole they would take many times their memory.
+
+    Bands overlap such that each position of a ``window`` lies in one of them.
+    """
     if img1.shape != img2.shape:
         raise ValueError(f"images of different shapes cannot be compared: {img1.shape} and {img2.shape}")
     height, width = img1.shape[:2]
-    inside = slice(border, height - border), slice(border, width - border)
-    return img1[inside].astype(np.float64), img2[inside].astype(np.float64)
+    columns = slice(border, width - border)
+    rows = max(1, _BAND_PIXELS // max(1, width))
+    for top in range(border, height - border - window + 1, rows):
+        band = slice(top, min(top + rows + window - 1, height - border))
+        yield img1[band, columns].astype(np.float64), img2[band, columns].astype(np.float64)
+
+
+_BAND_PIXELS = 2**20
 
 
 def _data_range(img: Array, data_range: float | None) -> float:
@@ -432,8 +458,11 @@ def calculate_psnr(img1: Array, img2: Array, border: int = 0, data_range: float 
 
     ``data_range`` None: 65535 for uint16, else 255 (also for floats, as in KAIR). Raises ValueError when shapes differ.
     """
-    a, b = _comparable(img1, img2, border)
-    mse = float(np.mean((a - b) ** 2))
+    errors, count = 0.0, 0
+    for a, b in _comparable(img1, img2, border):
+        errors += float(np.sum((a - b) ** 2))
+        count += a.size
+    mse = errors / count if count else nan
     return inf if mse == 0 else 20 * log10(_data_range(img1, data_range) / mse**0.5)
 
 
@@ -443,8 +472,7 @@ def calculate_ssim(img1: Array, img2: Array, border: int = 0, data_range: float 
     Wang et al. 2004: 11 x 11 Gaussian of sigma 1.5, valid positions only. ``data_range`` as in :func:`calculate_psnr`.
     Raises ValueError when shapes differ or fewer than 11 pixels are left.
     """
-    a, b = _comparable(img1, img2, border)
-    if min(a.shape[:2]) < 11:
+    if min(img1.shape[:2]) - 2 * border < 11 and img1.shape == img2.shape:
         raise ValueError(f"SSIM needs 11 x 11 pixels inside the border of {border}: got shape {img1.shape}")
     peak = _data_range(img1, data_range)
     c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
@@ -453,7 +481,11 @@ def calculate_ssim(img1: Array, img2: Array, border: int = 0, data_range: float 
     def mean(x: Array) -> Array:
         return cv2.sepFilter2D(x, -1, window, window)[5:-5, 5:-5]
 
-    mu1, mu2 = mean(a), mean(b)
-    var1, var2, covariance = mean(a * a) - mu1**2, mean(b * b) - mu2**2, mean(a * b) - mu1 * mu2
-    ssim = ((2 * mu1 * mu2 + c1) * (2 * covariance + c2)) / ((mu1**2 + mu2**2 + c1) * (var1 + var2 + c2))
-    return float(ssim.mean())
+    total, count = 0.0, 0
+    for a, b in _comparable(img1, img2, border, window=11):
+        mu1, mu2 = mean(a), mean(b)
+        var1, var2, covariance = mean(a * a) - mu1**2, mean(b * b) - mu2**2, mean(a * b) - mu1 * mu2
+        ssim = ((2 * mu1 * mu2 + c1) * (2 * covariance + c2)) / ((mu1**2 + mu2**2 + c1) * (var1 + var2 + c2))
+        total += float(ssim.sum())
+        count += ssim.size
+    return total / count

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from utils.utils_error import UserError
-from utils.utils_image import calculate_psnr, calculate_ssim, rgb2ycbcr, uint2tensor4, unrounded_y
+from utils.utils_image import calculate_psnr, calculate_ssim, uint2tensor4, unrounded_y
 from utils.utils_ssl import edge_mask, self_similarity_graph
 
 logger = logging.getLogger(__name__)
@@ -173,15 +173,21 @@ def _mean(values: NDArray[np.float32]) -> float:
     return float(measured.mean(dtype=np.float64)) if measured.size else math.nan
 
 
+def _luma(image: Picture) -> NDArray[np.float64]:
+    """By bands of rows: on the way to luma an image takes many times its memory."""
+    rows = max(1, 2**20 // image.shape[1])
+    return np.concatenate([unrounded_y(image[top : top + rows]) for top in range(0, len(image), rows)])
+
+
 def _luma8(image: Picture) -> Picture:
-    return image if image.ndim == 2 else rgb2ycbcr(image)
+    return image if image.ndim == 2 else _luma(image).round().astype(np.uint8)
 
 
 _OWN: dict[str, Callable[[Picture, Picture, int], float]] = {
     "psnr": calculate_psnr,
     "ssim": calculate_ssim,
-    "psnr_y": lambda E, H, border: calculate_psnr(unrounded_y(E), unrounded_y(H), border),
-    "ssim_y": lambda E, H, border: calculate_ssim(unrounded_y(E), unrounded_y(H), border),
+    "psnr_y": lambda E, H, border: calculate_psnr(_luma(E), _luma(H), border),
+    "ssim_y": lambda E, H, border: calculate_ssim(_luma(E), _luma(H), border),
     "psnr_y8": lambda E, H, border: calculate_psnr(_luma8(E), _luma8(H), border),
     "ssim_y8": lambda E, H, border: calculate_ssim(_luma8(E), _luma8(H), border),
 }
@@ -394,9 +400,13 @@ class Measurer:
 
 
 def mean_metrics(values: Sequence[Mapping[str, float]], names: Iterable[str]) -> dict[str, float]:
-    """The mean of each metric over the images that have it; NaN where none has."""
+    """The mean of each metric over the images that have a finite one; else infinite where any is, else NaN.
+
+    PSNR is infinite where E equals H, a black frame say; one such image would make every mean infinite.
+    """
     means = {}
     for name in names:
         measured = [image[name] for image in values if not math.isnan(image.get(name, math.nan))]
-        means[name] = sum(measured) / len(measured) if measured else math.nan
+        finite = [value for value in measured if math.isfinite(value)]
+        means[name] = sum(finite) / len(finite) if finite else math.inf if measured else math.nan
     return means

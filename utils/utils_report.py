@@ -6,8 +6,8 @@ import logging
 import math
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -138,21 +138,39 @@ def baselines(labels: Sequence[str]) -> dict[str, str]:
     return {label: by_name[bare[label]] for label in labels if by_name.get(bare[label], label) != label}
 
 
+def _difference(a: float, b: float) -> float:
+    return a - b if math.isfinite(a) and math.isfinite(b) else math.nan
+
+
 @dataclass(frozen=True)
 class SetResults:
-    """The means over a test set: label -> metric name -> value."""
+    """The means over a test set: label -> metric name -> value; ``utils_metrics.mean_metrics`` says which."""
 
     name: str
     images: int
     names: list[str]  # of the metrics, in the tables' order
     means: dict[str, dict[str, float]]
+    infinite: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # label -> metric name -> images
 
     def deltas(self) -> dict[str, dict[str, float]]:
-        """Label with SSL -> metric name -> what SSL added to its baseline."""
+        """Label with SSL -> metric name -> what SSL added to its baseline; NaN where either is not finite."""
         return {
-            ours: {name: self.means[ours][name] - self.means[base][name] for name in self.names}
+            ours: {name: _difference(self.means[ours][name], self.means[base][name]) for name in self.names}
             for ours, base in baselines(list(self.means)).items()
         }
+
+    def notes(self) -> list[str]:
+        """What the means leave out, a sentence a model."""
+        sentences = []
+        for label, of_metrics in self.infinite.items():
+            titles: dict[int, list[str]] = {}
+            for name, images in of_metrics.items():
+                titles.setdefault(len(images), []).append(METRICS[name].title)
+            for count, of_count in titles.items():
+                left_out = "all of the set" if count == self.images else "left out of the mean"
+                what = f"{counted(count, 'image')} equal to the ground truth (infinite {', '.join(of_count)})"
+                sentences.append(f"{self.name}, {label}: {what}, {left_out}.")
+        return sentences
 
     def best(self, name: str) -> str:
         """The best mean of a metric as it is printed: every label that prints it is best."""
@@ -162,7 +180,7 @@ class SetResults:
 
     def as_json(self) -> dict[str, Any]:
         """For results.json."""
-        return {"images": self.images, "means": self.means, "deltas": self.deltas()}
+        return {"images": self.images, "means": self.means, "deltas": self.deltas(), "infinite": self.infinite}
 
     def as_text(self) -> str:
         """For the terminal, at most 80 columns wide; below a model with SSL what it added."""
@@ -330,16 +348,33 @@ class Report:
         self._in_page = _spread_over(counts, report_images)
         self._in_sheet = _spread_over(counts, _PICTURE_ROWS)
         self._values: dict[str, list[dict[str, float]]] = {}
+        self._infinite: dict[str, dict[str, list[str]]] = {}
+
+    def shows(self, set_name: str, index: int, with_truth: bool) -> bool:
+        """Whether anything comes of the estimates of an image: numbers, or a place among the pictures."""
+        in_sheet = with_truth and index in self._in_sheet[set_name]
+        return bool(self.measurer.names_for(with_truth)) or in_sheet or index in self._in_page[set_name]
 
     def add(
-        self, set_name: str, index: int, name: str, estimates: Mapping[str, Picture], H: Picture | None
+        self,
+        set_name: str,
+        index: int,
+        name: str,
+        estimates: Mapping[str, Picture],
+        H: Picture | None,
+        broken: Collection[str] = (),
     ) -> dict[str, dict[str, float]]:
         """One image, the ``index``-th of its set; sets come one after the other.
+
+        Args:
+            broken: labels whose estimate is no image (NaN): they are shown as they are and get no numbers.
 
         Returns:
             label -> metric name -> value.
         """
         measured = self.measurer.measure(estimates, H)
+        for label in broken:
+            measured.values[label] = dict.fromkeys(measured.values[label], math.nan)
         if any(measured.values.values()):
             self._rows += [{"set": set_name, "image": name, "model": k, **v} for k, v in measured.values.items()]
         pictures = dict(estimates) if H is None else {**estimates, "ground truth": H}
@@ -350,6 +385,8 @@ class Report:
             self._sheet[f"{set_name}/{name}"] = pictures, captions
         for label, values in measured.values.items():
             self._values.setdefault(label, []).append(values)
+            for metric in [metric for metric, value in values.items() if math.isinf(value)]:
+                self._infinite.setdefault(label, {}).setdefault(metric, []).append(name)
         if index == self.counts[set_name] - 1:
             self._end_set(set_name, H is not None)
         return measured.values
@@ -357,9 +394,9 @@ class Report:
     def _end_set(self, name: str, with_truth: bool) -> None:
         names, over_set = self.measurer.names_for(with_truth), self.measurer.of_set()
         means = {k: {**mean_metrics(v, names), **over_set.get(k, {})} for k, v in self._values.items()}
-        self._values = {}
         if names:
-            self._sets.append(SetResults(name, self.counts[name], names, means))
+            self._sets.append(SetResults(name, self.counts[name], names, means, self._infinite))
+        self._values, self._infinite = {}, {}
 
     def write(self, output: Path, facts: Mapping[str, str], content: Mapping[str, Any], n_channels: int) -> None:
         """Print the tables and write results.{csv,json,md}, report.html and side_by_side.png, as far as there is any.
@@ -378,7 +415,7 @@ class Report:
         for results in self._sets:
             heading = f"{results.name}, x{scale}, {counted(results.images, 'image')}"
             logger.info("\n%s\n\n%s", heading, results.as_text())
-        note = measurer.describe(n_channels)
+        note = " ".join([measurer.describe(n_channels), *(n for results in self._sets for n in results.notes())])
         versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "opencv", "numpy"))
         missing = {METRICS[name].title: why for name, why in measurer.missing.items()}
         left_out = [f"{title} was not computed: {why}." for title, why in missing.items()]
