@@ -188,7 +188,7 @@ def _restore_set(job: Job, data: DatasetOptions, dataset: Any, names: list[str],
         L = item["L"][None].to(job.device)
         extras: ImageExtras = item["L_extras"]
         saved_extras = extras.resized(scale).fitting(data.n_channels)
-        lost_profiles += bool(extras.icc and not saved_extras.icc)
+        lost_profiles += (extras.icc, extras.cicp) != (saved_extras.icc, saved_extras.cicp)
         H = tensor2uint(item["H"]) if "H" in item else None
         estimates = {"bicubic": tensor2uint(imresize(L, scale))}
         for model in job.models:

@@ -28,6 +28,7 @@ from scipy.sparse import csr_array
 
 from utils import utils_lmdb
 from utils.utils_error import UserError, check_regular
+from utils.utils_icc import foreign_profile
 from utils.utils_png import encode_png, png_chunks
 from utils.utils_tiff import TiffFacts, is_tiff, read_tiff, tiff_facts, upright
 
@@ -35,6 +36,8 @@ Array = NDArray[Any]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 _PILLOWS = ("WEBP", "GIF", "AVIF")  # what Pillow decodes, and not OpenCV
+
+_CICP_SRGB = bytes([1, 13, 0, 1])  # primaries, transfer, matrix, full range
 
 # A small file can unpack to any size: 16384 x 16384 pixels are read, phones make 200 megapixels.
 MAX_PIXELS = 1 << 28
@@ -141,9 +144,27 @@ def read_image(path: str, n_channels: int | None = 3) -> tuple[Array, ImageExtra
     img, alpha, header = _decode(data, path, n_channels, with_alpha=True)
     if alpha is not None and alpha.min() == np.iinfo(alpha.dtype).max:
         alpha = None
+    return img, ImageExtras(8 * img.itemsize, alpha, *_profiles(data, header))
+
+
+def dropped(data: NDArray[np.uint8], path: str) -> list[str]:
+    """What :func:`decode` loses of a file that it can read: transparency, a profile; a phrase each."""
+    header = read_header(data, path)
+    if header is None:
+        return []
+    phrases = ["with transparency, which is dropped"] if has_alpha(header) else []
+    icc, cicp = _profiles(data, header)
+    if cicp not in (None, _CICP_SRGB):
+        phrases.append(f"with colours that are not sRGB's (cICP {'-'.join(map(str, cicp))}), but taken for them")
+    elif cicp is None and icc and icc[16:20] != b"CMYK" and (name := foreign_profile(icc)):
+        phrases.append(f"with colours that are not sRGB's (profile {name}), but taken for them")
+    return phrases
+
+
+def _profiles(data: NDArray[np.uint8], header: Image.Image | TiffFacts | None) -> tuple[bytes | None, bytes | None]:
+    """The ICC profile and the cICP chunk."""
     icc = header.info.get("icc_profile") if isinstance(header, Image.Image) else header and header.icc
-    cicp = dict(png_chunks(data)).get(b"cICP")
-    return img, ImageExtras(8 * img.itemsize, alpha, icc or None, cicp)
+    return icc or None, dict(png_chunks(data)).get(b"cICP")
 
 
 def decode(data: NDArray[np.uint8], path: str, n_channels: int | None = 3) -> Array:
@@ -171,6 +192,8 @@ def _decode(
             img = np.asarray(ImageOps.exif_transpose(header).convert("RGB"))
         else:
             kind = {3: cv2.IMREAD_COLOR, 1: cv2.IMREAD_GRAYSCALE, None: cv2.IMREAD_ANYCOLOR}[n_channels]
+            if n_channels is None and header is not None and header.mode == "LA":  # to OpenCV a kind of RGB
+                kind = cv2.IMREAD_GRAYSCALE
             img = cv2.imdecode(data, cv2.IMREAD_ANYDEPTH | kind)
             if img is not None and img.ndim == 3:
                 img = cv2.cvtColor(img, cv2.COLOR_BGR2RGB)
