@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from scipy.io import loadmat, savemat, whosmat
 from scipy.io.matlab import MatReadError
 from scipy.sparse import csr_array
@@ -29,7 +29,7 @@ from scipy.sparse import csr_array
 from utils import utils_lmdb
 from utils.utils_error import UserError, check_regular
 from utils.utils_icc import foreign_profile
-from utils.utils_png import encode_png, png_chunks
+from utils.utils_png import GRAY, GRAY_ALPHA, encode_png, png_chunks, png_kind
 from utils.utils_tiff import TiffFacts, is_tiff, read_tiff, tiff_facts, upright
 
 Array = NDArray[Any]
@@ -42,6 +42,8 @@ _CICP_SRGB = bytes([1, 13, 0, 1])  # primaries, transfer, matrix, full range
 # A small file can unpack to any size: 16384 x 16384 pixels are read, phones make 200 megapixels.
 MAX_PIXELS = 1 << 28
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above that and refuses twice as many
+PngImagePlugin.MAX_TEXT_CHUNK = 1 << 24  # bytes; Pillow's 1 MiB is less than some colour profiles have
+_MAX_MAT = 1 << 30  # bytes that a variable of a MATLAB file may unpack to
 
 # A file that cannot be decoded becomes a UserError here; OpenCV's and Pillow's own lines would only stand before it.
 warnings.filterwarnings("ignore", module="PIL")
@@ -192,7 +194,7 @@ def _decode(
             img = np.asarray(ImageOps.exif_transpose(header).convert("RGB"))
         else:
             kind = {3: cv2.IMREAD_COLOR, 1: cv2.IMREAD_GRAYSCALE, None: cv2.IMREAD_ANYCOLOR}[n_channels]
-            if n_channels is None and header is not None and header.mode == "LA":  # to OpenCV a kind of RGB
+            if n_channels is None and png_kind(data)[1] == GRAY_ALPHA:  # to OpenCV a kind of RGB
                 kind = cv2.IMREAD_GRAYSCALE
             img = cv2.imdecode(data, cv2.IMREAD_ANYDEPTH | kind)
             if img is not None and img.ndim == 3:
@@ -246,14 +248,17 @@ def _alpha(data: NDArray[np.uint8], header: Image.Image) -> Array | None:
     """Alpha ``(H, W)``, turned as the colours are; None where a file that is no TIFF has none."""
     if not has_alpha(header):
         return None
-    chunks = dict(png_chunks(data))
-    if b"IHDR" not in chunks or chunks[b"IHDR"][8] != 16:
+    bits, colour = png_kind(data)
+    if bits != 16 and colour != GRAY:
         return np.asarray(ImageOps.exif_transpose(header).convert("RGBA"))[..., 3]
-    raw: Array = np.asarray(cv2.imdecode(data, cv2.IMREAD_UNCHANGED))  # Pillow cuts 16 bits to 8
+    # Pillow cuts 16 bits to 8, and mistakes which gray stands for transparent where there are 2 or 4 bits.
+    raw: Array = np.asarray(cv2.imdecode(data, cv2.IMREAD_UNCHANGED))
     if raw.ndim == 3:
         alpha = raw[..., -1]
-    else:  # of gray the value that stands for transparent
-        alpha = np.where(raw == int.from_bytes(chunks[b"tRNS"][:2], "big"), 0, 65535).astype(np.uint16)
+    else:
+        peak = np.iinfo(raw.dtype).max
+        transparent = int.from_bytes(dict(png_chunks(data))[b"tRNS"][:2], "big") * peak // (2**bits - 1)
+        alpha = np.where(raw == transparent, 0, peak).astype(raw.dtype)
     return upright(alpha, exif_orientation(header))
 
 
@@ -382,25 +387,24 @@ def read_mask(path: str) -> NDArray[np.float32]:
 
 
 def _check_unpacked(content: bytes, path: str) -> None:
-    """Raise UserError for a MATLAB file of which a variable unpacks to more than a mask of MAX_PIXELS can need."""
-    at, compressed = 128, 15
-    limit = 8 * MAX_PIXELS + 4096  # doubles, and names before them
+    """Raise UserError for a MATLAB file of which a variable unpacks to more than _MAX_MAT bytes."""
+    at, compressed, piece = 128, 15, 1 << 14
     order = "<" if content[126:128] == b"IM" else ">"
     while at + 8 <= len(content):
         kind, size = struct.unpack(f"{order}II", content[at : at + 8])
-        if kind == compressed:
-            unpacked, unpacker, packed = 0, zlib.decompressobj(), content[at + 8 : at + 8 + size]
-            while packed and not unpacker.eof:
-                try:
-                    piece = len(unpacker.decompress(packed, 1 << 20))
-                except zlib.error:
-                    break  # scipy will say so
-                unpacked, packed = unpacked + piece, unpacker.unconsumed_tail
-                if unpacked > limit:
-                    raise UserError(
-                        f"{path} unpacks to more than {limit / 2**30:.0f} GiB, which no edge mask needs: make it again"
-                    )
-        at += 8 + size
+        at += 8
+        unpacked, unpacker = 0, zlib.decompressobj()
+        # Zlib makes at most 1000 bytes of one.
+        for start in range(at, min(at + size, len(content)), piece) if kind == compressed else ():
+            try:
+                unpacked += len(unpacker.decompress(content[start : start + piece]))
+            except zlib.error:
+                break  # scipy will say so
+            if unpacked > _MAX_MAT:
+                raise UserError(
+                    f"{path} unpacks to more than {_MAX_MAT / 2**30:.0f} GiB, which no edge mask needs: make it again"
+                )
+        at += size
 
 
 def save_mask(mask: Array, path: str) -> None:

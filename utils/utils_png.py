@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_GRAY_ALPHA = 4  # colour type
+GRAY, GRAY_ALPHA = 0, 4  # colour types
 
 
 def png_chunks(data: NDArray[np.uint8]) -> Iterator[tuple[bytes, bytes]]:
@@ -26,6 +26,12 @@ def png_chunks(data: NDArray[np.uint8]) -> Iterator[tuple[bytes, bytes]]:
             return
         yield name, data[at + 8 : at + 8 + length].tobytes()
         at += 12 + length
+
+
+def png_kind(data: NDArray[np.uint8]) -> tuple[int, int]:
+    """Bits a sample and colour type; (0, -1) for a file that is no PNG."""
+    header = next(png_chunks(data), (b"", b""))[1]
+    return (header[8], header[9]) if len(header) == 13 else (0, -1)
 
 
 def encode_png(img: Array, level: int | None = None, icc: bytes | None = None, cicp: bytes | None = None) -> bytes:
@@ -62,6 +68,6 @@ def _encode_gray_alpha(img: Array, level: int) -> bytes:
     above[1:] = rows[:-1]
     filtered = np.full((height, rows.shape[1] + 1), 2, np.uint8)  # 2: each byte less the one above it
     filtered[:, 1:] = rows - above
-    header = struct.pack(">IIBBBBB", width, height, 8 * img.itemsize, _GRAY_ALPHA, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 8 * img.itemsize, GRAY_ALPHA, 0, 0, 0)
     pixels = _chunk(b"IDAT", zlib.compress(filtered.tobytes(), level))
     return _SIGNATURE + _chunk(b"IHDR", header) + pixels + _chunk(b"IEND", b"")
