@@ -201,7 +201,7 @@ def _decode(
                 img = cv2.cvtColor(img, cv2.COLOR_BGR2RGB)
         if with_alpha and isinstance(header, Image.Image):
             alpha = _alpha(data, header)
-    except (cv2.error, OSError, ValueError, SyntaxError) as error:
+    except (cv2.error, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise bad from error
     if img is None or _jpeg_is_cut_short(data):
         raise bad
@@ -220,7 +220,7 @@ def read_header(data: NDArray[np.uint8], path: str) -> Image.Image | TiffFacts |
     """
     if is_tiff(data):
         facts = tiff_facts(data)
-        _check_pixels(facts.size[0] * facts.size[1], path)
+        _check_pixels(prod(facts.size), path)
         return facts
     return _pillow_header(BytesIO(data.tobytes()), path)
 
@@ -229,19 +229,22 @@ def _pillow_header(file: IO[bytes], path: str) -> Image.Image | None:
     try:
         return Image.open(file)
     except Image.DecompressionBombError as error:
-        found = re.search(r"\d+", str(error))
-        _check_pixels(int(found[0]) if found else 2 * MAX_PIXELS, path)
-        raise
+        found = re.search(r"\d+", str(error))  # it begins with how many there are
+        raise _too_many(int(found[0]) if found else MAX_PIXELS, path) from error
     except (OSError, ValueError, SyntaxError):
         return None
 
 
 def _check_pixels(pixels: int, path: str) -> None:
     if pixels > MAX_PIXELS:
-        raise UserError(
-            f"{path} has {pixels / 1e6:,.0f} megapixels, more than the {MAX_PIXELS / 1e6:.0f} that are read: cut it "
-            "into pieces, or replace it if it should be smaller"
-        )
+        raise _too_many(pixels, path)
+
+
+def _too_many(pixels: int, path: str) -> UserError:
+    return UserError(
+        f"{path} has {pixels / 1e6:,.0f} megapixels, more than the {MAX_PIXELS / 1e6:.0f} that are read: cut it into "
+        "pieces, or replace it if it should be smaller"
+    )
 
 
 def _alpha(data: NDArray[np.uint8], header: Image.Image) -> Array | None:
