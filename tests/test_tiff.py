@@ -238,6 +238,20 @@ def test_a_compression_that_nothing_here_knows_names_what_to_install(tmp_path, m
         util.imread_uint(str(tmp_path / "a.tif"))
 
 
+def test_tiles_that_are_left_out_are_black(tmp_path):
+    samples = noise(1, 16)
+    write(tmp_path / "a.tif", samples, "minisblack", tile=(16, 16))
+    content = bytearray((tmp_path / "a.tif").read_bytes())
+    with tifffile.TiffFile(tmp_path / "a.tif") as file:
+        for code in (324, 325):  # TileOffsets, TileByteCounts
+            tag = file.pages[0].tags[code]
+            size = {3: 2, 4: 4}[int(tag.dtype)]
+            content[tag.valueoffset : tag.valueoffset + size] = bytes(size)
+    (tmp_path / "a.tif").write_bytes(content)
+    samples[:16, :16] = 0
+    np.testing.assert_array_equal(util.imread_uint(str(tmp_path / "a.tif"), 1), samples)
+
+
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_a_file_cut_short_or_with_a_hole_is_refused(tmp_path, container):
     path = tmp_path / "a.tif"

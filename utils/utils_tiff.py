@@ -162,11 +162,11 @@ def _samples(page: TiffPage, data: NDArray[np.uint8]) -> Array:
     places = [(plane, top, left) for plane in range(planes) for top in rows for left in columns]
     encoded = _segments(page, data, len(places))
     row_bytes = (segment_width * depth * page.bitspersample + 7) // 8
-    out = np.empty((height, width, count), np.uint8 if page.bitspersample <= 8 else np.uint16)
+    out = np.zeros((height, width, count), np.uint8 if page.bitspersample <= 8 else np.uint16)
     # Only strips end where the image does; tiles are whole.
     heights = [segment_height if page.is_tiled else min(segment_height, height - top) for _, top, _ in places]
     for segment_rows in sorted(set(heights)):
-        chosen = [i for i, rows_there in enumerate(heights) if rows_there == segment_rows]
+        chosen = [i for i, rows_there in enumerate(heights) if rows_there == segment_rows and encoded[i]]
         together = max(1, _TOGETHER // (segment_rows * row_bytes))
         for batch in (chosen[i : i + together] for i in range(0, len(chosen), together)):
             unpacked = _unpacked([encoded[i] for i in batch], page.compression, segment_rows, row_bytes)
@@ -182,12 +182,15 @@ def _samples(page: TiffPage, data: NDArray[np.uint8]) -> Array:
 
 
 def _segments(page: TiffPage, data: NDArray[np.uint8], count: int) -> list[bytes]:
-    """The encoded strips or tiles. Raises ValueError where some are not there, or not whole."""
+    """The encoded strips or tiles, empty where the file leaves out black ones, as GDAL's do.
+
+    Raises ValueError where some are not there, or not whole.
+    """
     if len(page.dataoffsets) < count or len(page.databytecounts) < count:
         raise ValueError("strips are missing")
     segments = []
     for offset, length in zip(page.dataoffsets[:count], page.databytecounts[:count], strict=True):
-        if offset < 8 or length < 1 or offset + length > data.size:
+        if (offset < 8 or length < 1 or offset + length > data.size) and (offset, length) != (0, 0):
             raise ValueError("cut short")
         segments.append(data[offset : offset + length].tobytes())
     return segments
