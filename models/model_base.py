@@ -3,7 +3,7 @@
 import copy
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class ModelBase:
         self.opt = opt
         self.device = device
         self.log: dict[str, float] = {}
-        self.shown: dict[str, Tensor] = {}  # parts of a loss, logged at the next descent
+        self.shown: dict[str, Tensor] = {}  # what else is to be logged of the step at hand, parts of a loss for example
         self.networks: dict[str, nn.Module] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
 
@@ -147,44 +147,54 @@ class ModelBase:
         raise NotImplementedError
 
     def descend(self, name: str, terms: dict[str, Tensor], current_step: int) -> None:
-        """Backward through the sum of the terms and step the optimizer of one network, unless a number is not finite.
+        """Backward through the sum of the terms, then :meth:`update` one network."""
+        self.backward(name, terms)
+        self.update({name: terms}, current_step)
 
-        Raises:
-            UserError: a loss or the gradient is NaN or infinite; the weights are left as they were.
-        """
+    def backward(self, name: str, terms: dict[str, Tensor]) -> None:
+        """The gradient of the sum of the terms with respect to one network, in place of its last one."""
         self.optimizers[name].zero_grad(set_to_none=True)
-        self.backward(terms)
-        self.update(name, {**terms, **self.shown}, current_step)
+        self.add_gradient(terms)
 
-    def backward(self, terms: dict[str, Tensor]) -> None:
+    def add_gradient(self, terms: dict[str, Tensor]) -> None:
         """Add the gradient of the sum of the terms to what is there."""
         self.scaler.scale(torch.stack(list(terms.values())).sum()).backward()
 
-    def update(self, name: str, shown: dict[str, Tensor], current_step: int) -> None:
-        """Step the optimizer of one network by the gradients that are there, and log ``shown`` with their norm.
+    def update(self, trained: Mapping[str, Mapping[str, Tensor]], current_step: int) -> None:
+        """Step the optimizers of some networks by the gradients that are there, and log their terms, norms, ``shown``.
+
+        Args:
+            trained: the name of each network -> its loss's terms.
+            current_step: for messages.
 
         Raises:
-            UserError: as :meth:`descend`.
+            UserError: a loss or a gradient is NaN or infinite; all weights are left as they were.
         """
-        network, optimizer = self.networks[name], self.optimizers[name]
-        self.scaler.unscale_(optimizer)
-        clip = self.opt.train[f"{_side(name)}_optimizer_clipgrad"] or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
-        # One host synchronisation a step buys that no broken update is ever applied, let alone saved.
-        named = {**shown, f"{name}_grad": norm}
+        if not trained:  # a step in which everything rests
+            return
+        terms = {term: value for of_one in trained.values() for term, value in of_one.items()}
+        owner = {term: _side(name) for name, of_one in trained.items() for term in (*of_one, f"{name}_grad")}
+        norms = {}
+        for name in trained:
+            self.scaler.unscale_(self.optimizers[name])
+            clip = self.opt.train[f"{_side(name)}_optimizer_clipgrad"] or math.inf
+            norms[f"{name}_grad"] = torch.nn.utils.clip_grad_norm_(self.networks[name].parameters(), clip)
+        named = terms | self.shown | norms
         self.shown = {}
+        # One host synchronisation a step buys that no broken update is ever applied, let alone saved.
         values = torch.stack([v.detach().float() for v in named.values()]).tolist()
         self.log.update(zip(named, values, strict=True))
         # A gradient beyond half precision makes the scaler leave this step out and halve its factor, which helps once.
         overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
         for term, value in zip(named, values, strict=True):
-            if not math.isfinite(value) and not (overflow and term == f"{name}_grad"):
+            if not math.isfinite(value) and not (overflow and term in norms):
+                side = owner.get(term, "G")
                 raise UserError(
                     f"step {current_step}: {term} is {value}, training stops before it spoils the weights; lower "
-                    f"train.{_side(name)}_optimizer_lr or set train.{_side(name)}_optimizer_clipgrad, then start again "
-                    f"to resume"
+                    f"train.{side}_optimizer_lr or set train.{side}_optimizer_clipgrad, then start again to resume"
                 )
-        self.scaler.step(optimizer)
+        for name in trained:
+            self.scaler.step(self.optimizers[name])
         self.scaler.update()
 
     def update_learning_rate(self, current_step: int) -> None:

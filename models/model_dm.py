@@ -72,10 +72,11 @@ class ModelDM(ModelSR):
                 terms = self.losses(draw.of(images))
                 # All terms are means: over the images, in SSL over the edge pixels.
                 share = {name: edges if name.startswith("ssl") else len(self.L) / whole for name in terms | self.shown}
-                self.backward({name: share[name] * term for name, term in terms.items()})
+                self.add_gradient({name: share[name] * term for name, term in terms.items()})
             for name, value in (terms | self.shown).items():
                 shown[name] = shown.get(name, torch.zeros_like(value)) + share[name] * value.detach()
-        self.update("G", shown, current_step)
+            self.shown = {}
+        self.update({"G": shown}, current_step)
         self.update_E()
 
     def draw(self) -> Draw:

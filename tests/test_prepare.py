@@ -131,7 +131,7 @@ def test_masks_are_the_saturated_laplacian_of_pillows_gray(tmp_path, photos):
 
 
 def test_masks_equal_the_published_ones(tmp_path, golden):
-    images, masks = np.load(golden / "ssl/images_set5.npz"), np.load(golden / "ssl/masks_laplacian.npz")
+    images, masks = golden("ssl/images_set5.npz"), golden("ssl/masks_laplacian.npz")
     names = [name for name in masks.files if name in images.files]
     assert names
     for name in names:
@@ -142,7 +142,7 @@ def test_masks_equal_the_published_ones(tmp_path, golden):
 
 
 def test_bicubic_L_equals_the_published_numbers_within_one_level(golden):
-    z = np.load(golden / "image/imresize.npz")
+    z = golden("image/imresize.npz")
     tried = [key for key in z.files if key.startswith("output/") and "no_antialias" not in key]
     assert len(tried) > 3
     for key in tried:

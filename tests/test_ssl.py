@@ -1,6 +1,5 @@
 """The self-similarity loss: every form against the published numbers and against the specification."""
 
-import json
 import logging
 import os
 import subprocess
@@ -10,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import GOLDEN, REPOSITORY
+from tests.conftest import REPOSITORY
+from tests.golden_numbers import PHOTOGRAPHS
 from utils import utils_ssl
 from utils.utils_ssl import SelfSimilarityLoss, edge_mask, mask_stride_pattern, self_similarity_graph
 
@@ -19,7 +19,7 @@ CPP = pytest.param("cpp", marks=pytest.mark.skipif(WHY_NO_CPP is not None, reaso
 WHY_NO_CUDA = utils_ssl._why_not("cuda", "cuda")
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(WHY_NO_CUDA is not None, reason=f"no CUDA kernels: {WHY_NO_CUDA}"))
 MODES = ["pytorch", "boxsum", CPP, CUDA]
-CASES = sorted(path.stem for path in (GOLDEN / "ssl").glob("s*.json"))
+CASES = sorted(path.stem for path in (PHOTOGRAPHS / "ssl").glob("s*.json"))
 
 
 class Loss(SelfSimilarityLoss):
@@ -38,7 +38,7 @@ def graph_of(img: torch.Tensor, mask: torch.Tensor, *sizes: float, ssl_mode: str
 
 
 def published_pair() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The generated pair of spec/ssl.md section 9, in float64: (GT, SR, mask)."""
+    """The generated pair of the conformance figures, in float64: (GT, SR, mask)."""
     c, y, x = np.mgrid[:3, :24, :24].astype(np.float64)
     gt = 0.5 + 0.25 * np.sin(0.3 * y + 0.2 * x + c)
     sr = gt + 0.02 * np.cos(0.5 * x - 0.4 * y)
@@ -92,8 +92,8 @@ def test_loss_and_gradient_of_the_generated_pair_are_the_published_ones(mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_every_golden_case_gives_its_values_and_gradients(golden, case, mode, dtype):
-    info = json.loads((golden / "ssl" / f"{case}.json").read_text())
-    data = np.load(golden / "ssl" / f"{case}.npz")
+    info = golden(f"ssl/{case}.json")
+    data = golden(f"ssl/{case}.npz")
     gt, sr = (torch.tensor(data[name])[None].to(dtype) for name in ("gt", "sr"))
     mask = torch.tensor(data["mask"])[None, None]
     sizes = info["kernel_size_search"], info["kernel_size_window"]
@@ -125,8 +125,8 @@ def test_every_golden_case_gives_its_values_and_gradients(golden, case, mode, dt
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("mode", MODES[1:])
 def test_batches_average_over_the_pixels_of_all_images(golden, case, strided, mode):
-    info = json.loads((golden / "ssl" / f"{case}.json").read_text())
-    data = np.load(golden / "ssl" / f"{case}.npz")
+    info = golden(f"ssl/{case}.json")
+    data = golden(f"ssl/{case}.npz")
     gt, sr = (torch.tensor(data[name]).double() for name in ("gt", "sr"))
     mask = torch.tensor(data["mask"]).reshape(len(gt), 1, *gt.shape[2:]).double()
     loss = Loss(
@@ -253,8 +253,8 @@ def test_loss_of_a_non_contiguous_image_is_that_of_its_copy():
 
 @pytest.mark.parametrize("name", ["baby", "bird", "butterfly", "head", "woman"])
 def test_edge_masks_equal_the_published_ones_bit_for_bit(golden, name):
-    image = np.load(golden / "ssl" / "images_set5.npz")[name]
-    published = np.load(golden / "ssl" / "masks_laplacian.npz")
+    image = golden("ssl/images_set5.npz")[name]
+    published = golden("ssl/masks_laplacian.npz")
     mask = edge_mask(torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255)
     np.testing.assert_array_equal(mask[0, 0].numpy(), published[name])
 
@@ -278,7 +278,7 @@ def test_stride_pattern_is_a_tiled_identity():
 
 
 def test_stride_patterns_equal_the_published_ones(golden):
-    published = np.load(golden / "ssl" / "mask_stride.npz")
+    published = golden("ssl/mask_stride.npz")
     for name in published.files:
         size, stride = (int("".join(filter(str.isdigit, part))) for part in name.split("_"))
         np.testing.assert_array_equal(mask_stride_pattern(size, size, stride)[0, 0].numpy(), published[name])

@@ -2,7 +2,7 @@
 
 ``X.lmdb`` holds ``data.mdb``, whose keys are the images' names without suffix (``sub/0001``) and whose values are whole
 encoded files, and ``meta_info.txt``, a line ``sub/0001.png (height,width,channels) 1`` for each. Elsewhere in this
-project such an image has the path ``X.lmdb/sub/0001.png``. Needs the package lmdb (``requirements-extra.txt``).
+project such an image has the path ``X.lmdb/sub/0001.png``.
 """
 
 import os
@@ -20,7 +20,7 @@ def import_lmdb() -> Any:
         import lmdb
     except ImportError as error:
         raise UserError(
-            "LMDB folders need the package lmdb: pip install -r requirements-extra.txt, or name a plain folder"
+            "LMDB folders need the package lmdb: python -m pip install -r requirements.txt, or name a plain folder"
         ) from error
     return lmdb
 

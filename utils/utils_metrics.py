@@ -18,6 +18,7 @@ import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, Literal
 
 import numpy as np
@@ -383,18 +384,13 @@ class Measurer:
         """What the columns are: the note under a table."""
         notes = [f"{METRICS[name].title}: {METRICS[name].about}" for name in self.names]
         gray = "" if n_channels == 3 else " Gray images are their own luma, and repeated where RGB is needed."
-        library = f" By pyiqa {pyiqa_version()}: {', '.join(METRICS[n].title for n in self._networks)}."
+        library = ""
+        if self._networks:  # else pyiqa need not be installed
+            library = f" By pyiqa {version('pyiqa')}: {', '.join(METRICS[n].title for n in self._networks)}."
         return (
             f"{'; '.join(notes)}. 8-bit images without a border of {self.border} px, mean over the images; '-': image "
-            f"too small or without edges, or no ground truth.{gray}{library if self._networks else ''}"
+            f"too small or without edges, or no ground truth.{gray}{library}"
         )
-
-
-def pyiqa_version() -> str:
-    """Of the pyiqa that is installed."""
-    from importlib.metadata import version
-
-    return version("pyiqa")
 
 
 def mean_metrics(values: Sequence[Mapping[str, float]], names: Iterable[str]) -> dict[str, float]:
