@@ -31,7 +31,7 @@ from data.check import check_dataset
 from data.select_dataset import define_Dataset
 from models.restorer import Restorer, load_restorer, load_restorer_of, run_folder, set_sampling
 from utils.utils_error import ArgumentParser, UserError, run
-from utils.utils_image import imread_uint, imresize, imsave, tensor2uint
+from utils.utils_image import ImageExtras, imresize, imsave, tensor2uint
 from utils.utils_logger import setup
 from utils.utils_metrics import GROUPS, METRICS, Measurer, choose
 from utils.utils_option import DatasetOptions, TestOptions, parse
@@ -183,12 +183,14 @@ def _check_models(models: list[Restorer]) -> None:
 
 def _restore_set(job: Job, data: DatasetOptions, dataset: Any, names: list[str], report: Report) -> None:
     """Restore, save and report the images of a set."""
-    scale = data.scale
+    scale, lost_profiles = data.scale, 0
     bar = tqdm(names, desc=data.name, unit="image", dynamic_ncols=True, disable=not sys.stderr.isatty())
     for i, name in enumerate(bar):
         item = dataset[i]
         L = item["L"][None].to(job.device)
-        bits = 16 if imread_uint(item["L_path"], data.n_channels).dtype == np.uint16 else 8
+        extras: ImageExtras = item["L_extras"]
+        saved_extras = extras.resized(scale).fitting(data.n_channels)
+        lost_profiles += (extras.icc, extras.cicp) != (saved_extras.icc, saved_extras.cicp)
         H = tensor2uint(item["H"]) if "H" in item else None
         shown = report.shows(data.name, i, H is not None)
         estimates = {"bicubic": tensor2uint(imresize(L, scale))} if shown else {}
@@ -202,13 +204,21 @@ def _restore_set(job: Job, data: DatasetOptions, dataset: Any, names: list[str],
                 E = E.nan_to_num()
             path = job.output / model.label / data.name / f"{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            imsave(tensor2uint(E, bits), str(path))
+            imsave(tensor2uint(E, extras.bits), str(path), extras=saved_extras)
             estimates |= {model.label: tensor2uint(E)} if shown else {}
         values = report.add(data.name, i, name, estimates, H, broken if shown else ())
         if bar.disable:
             size = f"{L.shape[-1]}x{L.shape[-2]} -> {L.shape[-1] * scale}x{L.shape[-2] * scale}"
             psnr = "".join(f", {label} {v['psnr']:.2f} dB" for label, v in values.items() if "psnr" in v)
             logger.info("%s %d/%d %s: %s%s", data.name, i + 1, len(names), name, size, psnr)
+    if lost_profiles:
+        logger.warning(
+            "%s: %d of %d images have a colour profile that is not for %s; it is not kept",
+            data.name,
+            lost_profiles,
+            len(names),
+            "gray" if data.n_channels == 1 else "RGB",
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

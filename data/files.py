@@ -9,7 +9,7 @@ from itertools import combinations
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from utils.utils_error import UserError
+from utils.utils_error import UserError, check_regular
 from utils.utils_image import IMAGE_SUFFIXES, get_image_paths, get_mask_paths
 from utils.utils_metrics import METRICS
 from utils.utils_option import DatasetOptions
@@ -154,6 +154,7 @@ def _ranked_by_table(opt: DatasetOptions, problems: list[str]) -> list[_Ranked]:
     Raises UserError for a table that cannot be read, lacks a column or has a value that is no number.
     """
     table, column, more_is_better = Path(opt.rank_csv or ""), opt.rank_metric, opt.rank_higher_better
+    check_regular(table)
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))

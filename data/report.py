@@ -6,13 +6,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from io import BytesIO
 from itertools import pairwise
 from pathlib import PurePath
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from data.duplicates import equal_images, near_duplicates, thumbnail
 from data.files import find_partners, group_versions, list_files
@@ -21,13 +19,17 @@ from utils.utils_image import (
     IMAGE_SUFFIXES,
     Array,
     decode,
+    dropped,
+    exif_orientation,
     get_image_paths,
     get_mask_paths,
     read_file,
+    read_header,
     read_mask,
 )
 from utils.utils_option import DatasetOptions, parse
 from utils.utils_prepare import RECORDS, SETTINGS, run_all
+from utils.utils_tiff import TiffFacts
 
 _WIDTH = 80
 _SHOWN = 10  # names of one kind
@@ -159,32 +161,24 @@ def _facts(is_mask: bool, path: str) -> Facts:
         return facts
     facts.size = (img.shape[0], img.shape[1])
     facts.kind = f"{8 * img.itemsize}-bit {'gray' if img.shape[2] == 1 else 'RGB'}"
-    facts.notes = list(_notes(data))
+    facts.notes = list(_notes(data, path))
     facts.digest = hashlib.sha1(repr((img.shape, img.dtype)).encode() + img.tobytes()).digest()
     facts.thumbnail = thumbnail(img)
     return facts
 
 
-def _notes(data: Array) -> Iterator[str]:
+def _notes(data: Array, path: str) -> Iterator[str]:
     """What was done to make an RGB or gray image of the file."""
-    try:
-        with Image.open(BytesIO(data.tobytes())) as image:
-            exif = Image.Exif()
-            # asked of a PNG, getexif would decode it all
-            if image.format == "TIFF":
-                exif = image.getexif()
-            else:
-                exif.load(image.info.get("exif", b""))
-            if exif.get(0x0112, 1) != 1:
-                yield "turned as their EXIF data say"
-            if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-                yield "with transparency, which is dropped"
-            if image.mode == "CMYK":
-                yield "CMYK, made RGB"
-            if getattr(image, "n_frames", 1) > 1:
-                yield "animated or of several pages, the first is used"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return  # a kind of TIFF that only OpenCV knows
+    header = read_header(data, path)
+    if header is None:
+        return
+    if exif_orientation(header) != 1:
+        yield "turned as their EXIF data say"
+    yield from dropped(data, path)
+    if header.is_cmyk if isinstance(header, TiffFacts) else header.mode == "CMYK":
+        yield "CMYK, made RGB"
+    if header.has_pages if isinstance(header, TiffFacts) else getattr(header, "n_frames", 1) > 1:
+        yield "animated or of several pages, the first is used"
 
 
 # -------------------------------------------------------------------------------------------------------- describing

@@ -214,7 +214,7 @@ def test_one_channel_is_one_channel(tmp_path):
 def test_images_without_ground_truth(folders):
     item = define_Dataset(options(phase="test", dataset_type="l", dataroot_L=folders.L))[0]
     assert item["L"].shape == (3, 15, 20)
-    assert sorted(item) == ["L", "L_path"]
+    assert sorted(item) == ["L", "L_extras", "L_path"]
 
 
 # ------------------------------------------------------------------------------------------------------------- blind

@@ -1,6 +1,8 @@
 """How a mistake of the user is reported: one line on standard error, exit status 2, no traceback."""
 
 import argparse
+import os
+import stat
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -8,6 +10,16 @@ from typing import Any, NoReturn
 
 class UserError(Exception):
     """A mistake that the user can mend. Its text is one line: what is wrong, where, and the remedy."""
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Raise UserError for a pipe, a socket or a device: to open one can wait for ever, to read one need not end."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return  # who opens it will say what is the matter
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise UserError(f"{os.fspath(path)} is no file but a pipe, a socket or a device; name a file")
 
 
 class ArgumentParser(argparse.ArgumentParser):

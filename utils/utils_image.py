@@ -6,28 +6,44 @@ An LMDB folder (``X.lmdb``, see utils_lmdb.py) reads like a folder of images eve
 """
 
 import os
+import re
+import struct
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import BytesIO
-from math import ceil, inf, log10, nan
-from typing import Any
+from math import ceil, inf, log10, nan, prod
+from typing import IO, Any
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
-from scipy.io import loadmat, savemat
+from PIL import Image, ImageOps, PngImagePlugin
+from scipy.io import loadmat, savemat, whosmat
 from scipy.io.matlab import MatReadError
 from scipy.sparse import csr_array
 
 from utils import utils_lmdb
-from utils.utils_error import UserError
+from utils.utils_error import UserError, check_regular
+from utils.utils_icc import foreign_profile
+from utils.utils_png import GRAY, GRAY_ALPHA, encode_png, png_chunks, png_kind
+from utils.utils_tiff import TiffFacts, is_tiff, read_tiff, tiff_facts, upright
 
 Array = NDArray[Any]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+_PILLOWS = ("WEBP", "GIF", "AVIF")  # what Pillow decodes, and not OpenCV
+
+_CICP_SRGB = bytes([1, 13, 0, 1])  # primaries, transfer, matrix, full range
+
+# A small file can unpack to any size: 16384 x 16384 pixels are read, phones make 200 megapixels.
+MAX_PIXELS = 1 << 28
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above that and refuses twice as many
+PngImagePlugin.MAX_TEXT_CHUNK = 1 << 24  # bytes; Pillow's 1 MiB is less than some colour profiles have
+_MAX_MAT = 1 << 30  # bytes that a variable of a MATLAB file may unpack to
 
 # A file that cannot be decoded becomes a UserError here; OpenCV's and Pillow's own lines would only stand before it.
 warnings.filterwarnings("ignore", module="PIL")
@@ -85,61 +101,184 @@ def read_file(path: str) -> NDArray[np.uint8]:
     place = utils_lmdb.split_path(path)
     if place:
         return np.frombuffer(utils_lmdb.read_lmdb(*place), np.uint8)
+    check_regular(path)
     try:
         return np.fromfile(path, dtype=np.uint8)  # cv2.imread cannot open every path on Windows
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
+@dataclass(frozen=True)
+class ImageExtras:
+    """What an image file holds besides gray or RGB, for a result to be saved alike."""
+
+    bits: int = 8  # 8 or 16 a channel
+    alpha: Array | None = None  # (H, W), uint8 or uint16; None = opaque
+    icc: bytes | None = None  # a colour profile
+    cicp: bytes | None = None  # PNG's four numbers that say what its colours are
+
+    def resized(self, scale: float) -> "ImageExtras":
+        """With alpha resized by MATLAB's bicubic, clipped, in ``bits`` bits."""
+        if self.alpha is None:
+            return self
+        return replace(self, alpha=single2uint(imresize_np(uint2single(self.alpha), scale), self.bits))
+
+    def fitting(self, channels: int) -> "ImageExtras":
+        """Without a profile that is for something else than gray (``channels`` 1) or RGB (3): CMYK's, for one."""
+        space = b"GRAY" if channels == 1 else b"RGB "
+        icc = self.icc if self.icc and self.icc[16:20] == space else None
+        return replace(self, icc=icc, cicp=self.cicp if channels == 3 else None)
+
+
 def imread_uint(path: str, n_channels: int | None = 3) -> Array:
     """Read an image as ``(H, W, n_channels)``, RGB or gray, uint8 or uint16 as in the file.
 
     ``n_channels`` 3, 1 or None: as many of these as the file has. Alpha is dropped, palettes and CMYK become RGB, EXIF
-    rotation is applied, of an animation the first frame is taken. Raises UserError for a file that cannot be read.
+    rotation is applied, of an animation or several pages the first is taken. Raises UserError for a file that cannot be
+    read, or has more than MAX_PIXELS.
     """
-    if n_channels not in (1, 3, None):
-        raise ValueError(f"n_channels must be 1 or 3, not {n_channels}")
     return decode(read_file(path), path, n_channels)
+
+
+def read_image(path: str, n_channels: int | None = 3) -> tuple[Array, ImageExtras]:
+    """:func:`imread_uint`, and what else the file holds. Its colours are not multiplied by its alpha."""
+    data = read_file(path)
+    img, alpha, header = _decode(data, path, n_channels, with_alpha=True)
+    if alpha is not None and alpha.min() == np.iinfo(alpha.dtype).max:
+        alpha = None
+    return img, ImageExtras(8 * img.itemsize, alpha, *_profiles(data, header))
+
+
+def dropped(data: NDArray[np.uint8], path: str) -> list[str]:
+    """What :func:`decode` loses of a file that it can read: transparency, a profile; a phrase each."""
+    header = read_header(data, path)
+    if header is None:
+        return []
+    phrases = ["with transparency, which is dropped"] if has_alpha(header) else []
+    icc, cicp = _profiles(data, header)
+    if cicp not in (None, _CICP_SRGB):
+        phrases.append(f"with colours that are not sRGB's (cICP {'-'.join(map(str, cicp))}), but taken for them")
+    elif cicp is None and icc and icc[16:20] != b"CMYK" and (name := foreign_profile(icc)):
+        phrases.append(f"with colours that are not sRGB's (profile {name}), but taken for them")
+    return phrases
+
+
+def _profiles(data: NDArray[np.uint8], header: Image.Image | TiffFacts | None) -> tuple[bytes | None, bytes | None]:
+    """The ICC profile and the cICP chunk."""
+    icc = header.info.get("icc_profile") if isinstance(header, Image.Image) else header and header.icc
+    return icc or None, dict(png_chunks(data)).get(b"cICP")
 
 
 def decode(data: NDArray[np.uint8], path: str, n_channels: int | None = 3) -> Array:
     """:func:`imread_uint` of a file's bytes; ``path`` is for messages."""
-    kind = {3: cv2.IMREAD_COLOR, 1: cv2.IMREAD_GRAYSCALE, None: cv2.IMREAD_ANYCOLOR}[n_channels]
+    return _decode(data, path, n_channels, with_alpha=False)[0]
+
+
+def _decode(
+    data: NDArray[np.uint8], path: str, n_channels: int | None, with_alpha: bool
+) -> tuple[Array, Array | None, Image.Image | TiffFacts | None]:
+    """Pixels, alpha (H, W) if it is wanted and there, and what the header says as far as Pillow knows the format."""
+    if n_channels not in (1, 3, None):
+        raise ValueError(f"n_channels must be 1 or 3, not {n_channels}")
     bad = UserError(f"{path} cannot be decoded: it is damaged, cut short or no image; replace or remove it")
     if not data.size:
         raise UserError(f"{path} is empty (0 bytes); replace or remove it")
+    img: Array | None
+    alpha: Array | None = None
     try:
-        img = _decode_with_pillow(data, n_channels)
-        if img is None:
+        header = read_header(data, path)
+        if isinstance(header, TiffFacts):
+            img, alpha = read_tiff(data, path)
+        elif header is not None and header.format in _PILLOWS:
+            # OpenCV 4 refuses animated WebP and ignores WebP's EXIF rotation
+            img = np.asarray(ImageOps.exif_transpose(header).convert("RGB"))
+        else:
+            kind = {3: cv2.IMREAD_COLOR, 1: cv2.IMREAD_GRAYSCALE, None: cv2.IMREAD_ANYCOLOR}[n_channels]
+            if n_channels is None and png_kind(data)[1] == GRAY_ALPHA:  # to OpenCV a kind of RGB
+                kind = cv2.IMREAD_GRAYSCALE
             img = cv2.imdecode(data, cv2.IMREAD_ANYDEPTH | kind)
             if img is not None and img.ndim == 3:
                 img = cv2.cvtColor(img, cv2.COLOR_BGR2RGB)
+        if with_alpha and isinstance(header, Image.Image):
+            alpha = _alpha(data, header)
     except (cv2.error, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise bad from error
     if img is None or _jpeg_is_cut_short(data):
         raise bad
     if img.dtype not in (np.uint8, np.uint16):
         raise UserError(f"{path} holds {img.dtype} values: save it with 8 or 16 bits a channel")
-    return img if img.ndim == 3 else img[..., None]
+    channels = 1 if img.ndim == 2 else img.shape[2]
+    if n_channels is not None and channels != n_channels:
+        img = cv2.cvtColor(img, cv2.COLOR_RGB2GRAY if channels == 3 else cv2.COLOR_GRAY2RGB)
+    return img if img.ndim == 3 else img[..., None], alpha, header
 
 
-def _decode_with_pillow(data: NDArray[np.uint8], n_channels: int | None) -> Array | None:
-    """WebP, and TIFF with alpha; None for what OpenCV should decode.
+def read_header(data: NDArray[np.uint8], path: str) -> Image.Image | TiffFacts | None:
+    """What a file says before its pixels: a TIFF's tags, for other files Pillow's; None where Pillow cannot tell.
 
-    OpenCV 4 refuses animated WebP and ignores WebP's EXIF rotation; every version multiplies a TIFF's colours by alpha.
+    Raises UserError for an image of more than MAX_PIXELS, ValueError for a damaged TIFF.
     """
-    head = data[:12].tobytes()
-    is_webp = head.startswith(b"RIFF") and head.endswith(b"WEBP")
-    if not is_webp and not head.startswith((b"II*\0", b"MM\0*")):
-        return None
+    if is_tiff(data):
+        facts = tiff_facts(data)
+        _check_pixels(prod(facts.size), path)
+        return facts
+    return _pillow_header(BytesIO(data.tobytes()), path)
+
+
+def _pillow_header(file: IO[bytes], path: str) -> Image.Image | None:
     try:
-        image = Image.open(BytesIO(data.tobytes()))
-    except UnidentifiedImageError:  # Pillow knows fewer kinds of TIFF
+        return Image.open(file)
+    except Image.DecompressionBombError as error:
+        found = re.search(r"\d+", str(error))  # it begins with how many there are
+        raise _too_many(int(found[0]) if found else MAX_PIXELS, path) from error
+    except (OSError, ValueError, SyntaxError):
         return None
-    if not is_webp and image.mode != "RGBA":
+
+
+def _check_pixels(pixels: int, path: str) -> None:
+    if pixels > MAX_PIXELS:
+        raise _too_many(pixels, path)
+
+
+def _too_many(pixels: int, path: str) -> UserError:
+    return UserError(
+        f"{path} has {pixels / 1e6:,.0f} megapixels, more than the {MAX_PIXELS / 1e6:.0f} that are read: cut it into "
+        "pieces, or replace it if it should be smaller"
+    )
+
+
+def _alpha(data: NDArray[np.uint8], header: Image.Image) -> Array | None:
+    """Alpha ``(H, W)``, turned as the colours are; None where a file that is no TIFF has none."""
+    if not has_alpha(header):
         return None
-    rgb = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    return cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY) if n_channels == 1 else rgb
+    bits, colour = png_kind(data)
+    if bits != 16 and colour != GRAY:
+        return np.asarray(ImageOps.exif_transpose(header).convert("RGBA"))[..., 3]
+    # Pillow cuts 16 bits to 8, and mistakes which gray stands for transparent where there are 2 or 4 bits.
+    raw: Array = np.asarray(cv2.imdecode(data, cv2.IMREAD_UNCHANGED))
+    if raw.ndim == 3:
+        alpha = raw[..., -1]
+    else:
+        peak = np.iinfo(raw.dtype).max
+        transparent = int.from_bytes(dict(png_chunks(data))[b"tRNS"][:2], "big") * peak // (2**bits - 1)
+        alpha = np.where(raw == transparent, 0, peak).astype(raw.dtype)
+    return upright(alpha, exif_orientation(header))
+
+
+def has_alpha(header: Image.Image | TiffFacts) -> bool:
+    """Whether an image has transparency of any kind."""
+    if isinstance(header, TiffFacts):
+        return header.has_alpha
+    return header.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in header.info
+
+
+def exif_orientation(header: Image.Image | TiffFacts) -> int:
+    """1 (upright) to 8; from 5 on rows are columns."""
+    if isinstance(header, TiffFacts):
+        return header.orientation
+    exif = Image.Exif()
+    exif.load(header.info.get("exif", b""))  # asked of a PNG, getexif would decode it all
+    return int(exif.get(0x0112, 1))
 
 
 def image_size(path: str) -> tuple[int, int]:
@@ -147,23 +286,25 @@ def image_size(path: str) -> tuple[int, int]:
 
     Raises UserError for a file whose header cannot be read; the rest of it may still be damaged.
     """
-    if path.lower().endswith((".tif", ".tiff")):  # versions of Pillow differ in the sizes of rotated ones
-        height, width = imread_uint(path, None).shape[:2]
-        return height, width
+    header: Image.Image | TiffFacts | None = None
     try:
-        # an open file and not its name: Pillow's message would hold the name once more
-        source = BytesIO(read_file(path).tobytes()) if utils_lmdb.split_path(path) else open(path, "rb")  # noqa: SIM115
-        with source, Image.open(source) as image:
-            width, height = image.size
-            exif = Image.Exif()
-            exif.load(image.info.get("exif", b""))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        height, width = imread_uint(path, None).shape[:2]  # raises in its own words, or knows better
-        return height, width
-    return (width, height) if exif.get(_ORIENTATION, 1) >= 5 else (height, width)
-
-
-_ORIENTATION = 0x0112  # EXIF's; from 5 on rows are columns
+        if utils_lmdb.split_path(path):
+            header = read_header(read_file(path), path)
+        else:
+            check_regular(path)
+            with open(path, "rb") as file:
+                header = _pillow_header(file, path)
+            if header is None or header.format == "TIFF":  # versions of Pillow differ in the sizes of rotated ones
+                header = read_header(read_file(path), path)
+        if isinstance(header, TiffFacts):
+            return header.size
+        if header is not None:
+            width, height = header.size
+            return (width, height) if exif_orientation(header) >= 5 else (height, width)
+    except (OSError, ValueError, SyntaxError):
+        pass
+    height, width = imread_uint(path, None).shape[:2]  # raises in its own words, or knows better
+    return height, width
 
 
 def _jpeg_is_cut_short(data: Array) -> bool:
@@ -179,10 +320,13 @@ def _jpeg_is_cut_short(data: Array) -> bool:
     return False
 
 
-def imsave(img: Array, img_path: str, png_level: int | None = None) -> None:
+def imsave(img: Array, img_path: str, png_level: int | None = None, extras: ImageExtras | None = None) -> None:
     """Write an RGB ``(H, W, 3)`` or gray ``(H, W)``, ``(H, W, 1)`` image, uint8 or uint16, whole or not at all.
 
-    ``png_level``: how hard PNG is compressed, 0 to 9; None = OpenCV's, fast. 3 saves a tenth for thrice the time.
+    Args:
+        png_level: how hard PNG is compressed, 0 to 9; None = OpenCV's, fast. 3 saves a tenth for thrice the time.
+        extras: alpha (of the image's size and dtype) and colour profile, which a PNG takes along; its ``bits`` do not
+            count.
 
     Raises UserError for a suffix or folder that cannot be written, ValueError for any other dtype.
     """
@@ -194,9 +338,14 @@ def imsave(img: Array, img_path: str, png_level: int | None = None) -> None:
     if img.dtype == np.uint16 and suffix not in (".png", ".tif", ".tiff"):
         raise UserError(f"{img_path}: {suffix} holds 8 bits a channel; use .png or .tif for 16")
     is_rgb = img.ndim == 3 and img.shape[2] == 3
-    settings = [] if png_level is None else [cv2.IMWRITE_PNG_COMPRESSION, png_level]
-    encoded = cv2.imencode(suffix, cv2.cvtColor(img, cv2.COLOR_RGB2BGR) if is_rgb else img, settings)[1]
-    write_file(encoded.tobytes(), img_path)
+    if suffix == ".png":
+        extras = (extras or ImageExtras()).fitting(3 if is_rgb else 1)
+        if extras.alpha is not None:
+            img = np.dstack([img, extras.alpha])
+        encoded = encode_png(img, png_level, extras.icc, extras.cicp)
+    else:
+        encoded = cv2.imencode(suffix, cv2.cvtColor(img, cv2.COLOR_RGB2BGR) if is_rgb else img)[1].tobytes()
+    write_file(encoded, img_path)
 
 
 def write_file(content: bytes, path: str) -> None:
@@ -220,8 +369,13 @@ def read_mask(path: str) -> NDArray[np.float32]:
     Raises UserError for a file that is unreadable or holds other values.
     """
     if path.lower().endswith(".mat"):
+        content = read_file(path).tobytes()
+        _check_unpacked(content, path)
         try:
-            mask = loadmat(BytesIO(read_file(path).tobytes()), variable_names=["mat"])["mat"]
+            for name, shape, _ in whosmat(BytesIO(content)):
+                if name == "mat":
+                    _check_pixels(prod(shape), path)
+            mask = loadmat(BytesIO(content), variable_names=["mat"])["mat"]
         except KeyError as error:
             raise UserError(f'{path} has no variable "mat": write the edge mask under that name') from error
         # scipy meets a damaged file with whatever its parser stumbled over
@@ -233,6 +387,27 @@ def read_mask(path: str) -> NDArray[np.float32]:
     if mask.ndim != 2 or not np.all(on | (mask == 0)):
         raise UserError(f"{path} is not an edge mask: it must be one plane of 0 and 1, or 0 and 255")
     return on.astype(np.float32)
+
+
+def _check_unpacked(content: bytes, path: str) -> None:
+    """Raise UserError for a MATLAB file of which a variable unpacks to more than _MAX_MAT bytes."""
+    at, compressed, piece = 128, 15, 1 << 14
+    order = "<" if content[126:128] == b"IM" else ">"
+    while at + 8 <= len(content):
+        kind, size = struct.unpack(f"{order}II", content[at : at + 8])
+        at += 8
+        unpacked, unpacker = 0, zlib.decompressobj()
+        # Zlib makes at most 1000 bytes of one.
+        for start in range(at, min(at + size, len(content)), piece) if kind == compressed else ():
+            try:
+                unpacked += len(unpacker.decompress(content[start : start + piece]))
+            except zlib.error:
+                break  # scipy will say so
+            if unpacked > _MAX_MAT:
+                raise UserError(
+                    f"{path} unpacks to more than {_MAX_MAT / 2**30:.0f} GiB, which no edge mask needs: make it again"
+                )
+        at += size
 
 
 def save_mask(mask: Array, path: str) -> None:

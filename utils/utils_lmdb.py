@@ -8,7 +8,7 @@ project such an image has the path ``X.lmdb/sub/0001.png``.
 import os
 from typing import Any
 
-from utils.utils_error import UserError
+from utils.utils_error import UserError, check_regular
 
 META = "meta_info.txt"
 _open: dict[str, Any] = {}  # this process's, by folder
@@ -37,6 +37,8 @@ def list_lmdb(folder: str) -> list[str]:
 
     Raises UserError for a folder without ``meta_info.txt``: it is written last, so the packing was cut short.
     """
+    for name in (META, "data.mdb"):
+        check_regular(os.path.join(folder, name))
     try:
         with open(os.path.join(folder, META), encoding="utf-8") as file:
             names = [line.rsplit(" (", 1)[0] for line in file.read().splitlines() if line]

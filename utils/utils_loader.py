@@ -9,7 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from utils.utils_error import UserError
 
@@ -108,4 +108,10 @@ def batches(loader: DataLoader) -> Generator[dict[str, Any], None, None]:
 def one_by_one(dataset: Dataset, rank: int, world_size: int) -> DataLoader:
     """One image at a time, read by this process; several processes share the images."""
     assert isinstance(dataset, Sized)
-    return DataLoader(dataset, batch_size=1, sampler=range(rank, len(dataset), world_size))
+    shared = range(rank, len(dataset), world_size)
+    return DataLoader(dataset, batch_size=1, sampler=shared, collate_fn=_batch_of_one)
+
+
+def _batch_of_one(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch without L_extras, which are for saving a result and no tensors."""
+    return default_collate([{name: value for name, value in item.items() if name != "L_extras"} for item in items])

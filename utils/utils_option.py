@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from utils.utils_error import UserError
+from utils.utils_error import UserError, check_regular
 
 
 def _integral(value: Any) -> Any:
@@ -777,6 +777,7 @@ def strip_comments(text: str) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    check_regular(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -32,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 from utils.utils_error import UserError
-from utils.utils_image import Array, get_image_paths, imsave, save_mask
+from utils.utils_image import Array, dropped, get_image_paths, imsave, read_file, save_mask
 from utils.utils_report import check_output, output_names
 from utils.utils_run import save_json, write_atomically
 
@@ -91,6 +91,7 @@ class Outcome:
     finished: int = 0  # files that were there before
     stale: bool = False  # ... though the image is newer than they are
     problem: str | None = None
+    dropped: str = ""  # what the files lack that the image has, see utils_image.dropped
     records: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -147,6 +148,7 @@ def _apply(step: Step, output: Path, image: _Image) -> Outcome:
         outcome.finished, outcome.stale = len(present), _is_newer(path, present)
         products = step.make(path, name, wanted) if wanted else iter(())
         product = next(products, None)
+        outcome.dropped = " and ".join(dropped(read_file(path), path)) if product else ""
     except IMAGE_ERRORS as error:
         outcome.problem = one_line(path, error)
         return outcome
@@ -364,6 +366,7 @@ class Tally:
         self._images = self._written = self._finished = 0
         self._stale: list[str] = []
         self._problems: list[str] = []
+        self._dropped: Counter[str] = Counter()
 
     def add(self, outcome: Outcome) -> None:
         self._images += 1
@@ -373,11 +376,15 @@ class Tally:
             self._stale.append(outcome.path)
         if outcome.problem:
             self._problems.append(outcome.problem)
+        if outcome.dropped:
+            self._dropped[outcome.dropped] += 1
 
     def report(self, would: bool = False) -> int:
         """Print the result, bad images on standard error; returns the exit status."""
         for problem in self._problems:
             print(f"bad: {problem}", file=sys.stderr)
+        for phrase, count in self._dropped.items():
+            print(f"{_count(count, 'image')} {phrase}", file=sys.stderr)
         if self._stale:
             more = f" and {len(self._stale) - 1} more" if len(self._stale) > 1 else ""
             print(
