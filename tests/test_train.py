@@ -431,7 +431,7 @@ def fail(error: Exception) -> Callable[[], None]:
     [
         (
             lambda: os.kill(os.getpid(), signal.SIGKILL),
-            r"a process that reads images was stopped \(killed\).*num_workers",
+            r"reads images was stopped \(killed\).*num_workers",
         ),
         (lambda: os.kill(os.getpid(), signal.SIGBUS), r"/dev/shm is too small.*--shm-size=8g.*num_workers=0"),
         (lambda: os._exit(3), r"a process that reads images was stopped \(it ended unexpectedly\)"),

@@ -35,19 +35,18 @@ _FAULTS_OF_A_PROGRAM = (None, errno.EBADF, errno.EINVAL, errno.EPIPE)
 def explain(error: BaseException) -> str | None:
     """The one line for a mistake of the user or a want of the machine; None where the fault is the program's."""
     text = " ".join(str(error).split())
+    kind, message = _in_worker(error) or (type(error).__name__, text)
     if isinstance(error, UserError):
-        return text
+        return message
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):  # it died without a traceback
-        if "Bus error" in text:
+        text = f"{text} {error.__cause__ or error.__context__ or ''}"
+        if "bus error" in text.lower():
             return _NO_SHARED_MEMORY
         how = text.partition("killed by signal: ")[2].partition(".")[0].lower() or "it ended unexpectedly"
         return (
             f"a process that reads images was stopped ({how}), as systems do when memory runs out; lower "
             f"datasets.train.dataloader_num_workers or dataloader_batch_size"
         )
-    kind, message = _in_worker(error) or (type(error).__name__, text)
-    if kind == "UserError":
-        return message
     if "shared memory" in message or "file </torch_" in message:
         return _NO_SHARED_MEMORY
     if kind == "MemoryError" or any(words in message for words in _NO_MEMORY):

@@ -71,6 +71,8 @@ def _init_worker(_: int) -> None:
     # sends its workers home; if it dies they notice by themselves.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "SIGBUS"):  # /dev/shm is full: the main process says it, PyTorch's handler would too
+        signal.signal(signal.SIGBUS, signal.SIG_DFL)
 
 
 def training_loader(dataset: Dataset, sampler: EndlessBatchSampler, num_workers: int, pin_memory: bool) -> DataLoader:
