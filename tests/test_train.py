@@ -481,7 +481,7 @@ def test_what_stands_in_the_way_of_a_runs_files_stops_it_before_anything_is_buil
 
 
 def test_a_batch_that_no_machine_can_hold_is_refused(work: Workplace) -> None:
-    with pytest.raises(UserError, match=r"dataloader_batch_size: 1000000000 patches of 32 px need 11,444 GiB"):
+    with pytest.raises(UserError, match=r"dataloader_batch_size, H_size: 1000000000 patches of 32 px need 11,444 GiB"):
         work.run("datasets.train.dataloader_batch_size=1000000000")
     assert not (work.root / "runs").exists()
 

@@ -50,8 +50,9 @@ def explain(error: BaseException) -> str | None:
     if "shared memory" in message or "file </torch_" in message:
         return _NO_SHARED_MEMORY
     if kind == "MemoryError" or any(words in message for words in _NO_MEMORY):
+        message = re.sub(r"^\[enforce fail [^]]*\] (err == 0)?\.? ?", "", message)
         detail = f" ({'. '.join(message.split('. ')[:2])[:200]})" if message else ""
-        return f"out of memory{detail}; take smaller batches, patches or tiles"
+        return f"out of memory{detail}; take smaller batches, patches or tiles, or a smaller network"
     if isinstance(error, OSError):
         if kind != type(error).__name__ or text != message:
             return message

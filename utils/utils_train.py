@@ -282,7 +282,7 @@ def _check_memory(data: DatasetOptions, world_size: int) -> None:
         return
     if needed > memory:
         raise UserError(
-            f"datasets.train.dataloader_batch_size: {patches} patches of {patch_size(data)} px need "
+            f"datasets.train.dataloader_batch_size, H_size: {patches} patches of {patch_size(data)} px need "
             f"{needed / 2**30:,.0f} GiB, this machine has {memory / 2**30:,.0f}"
         )
 
