@@ -174,23 +174,33 @@ class _Meeting:
         """So that no one is left to wonder why a connection broke; not for those that are no more."""
         keys = [f"know/{rank}" for rank in range(self.place.world_size)]
         end = time.monotonic() + 5
-        while not self._news.check(keys) and time.monotonic() < end:
-            time.sleep(0.05)
+        with suppress(RuntimeError):  # the store went with the process that kept it
+            while not self._news.check(keys) and time.monotonic() < end:
+                time.sleep(0.05)
 
     def wait_for_news(self) -> None:
         """Wait a moment: what broke a connection has been told before, unless a process was killed."""
         self._knows.wait(_GRACE)
 
     def _watch(self) -> None:
-        status = None
+        status, lost = None, None
         while status is None and not self._closed.wait(_LOOK):
             try:
                 status = self.failure()
-            except RuntimeError:
-                status = 2  # the process that kept the store is gone
+            except RuntimeError:  # the process that kept the store is gone
+                status, lost = 2, self.lost()
         if status is not None and not self._closed.wait(_GRACE):
             with self.writing:
+                if lost:
+                    utils_error.tell(lost)
                 _leave(status)
+
+    def lost(self) -> UserError:
+        """What is to be said of a process that said nothing."""
+        return UserError(
+            f"another of the {self.place.world_size} processes has ended without a word: was it killed, as systems do "
+            f"when memory runs out?"
+        )
 
     def close(self) -> None:
         self._closed.set()
@@ -326,10 +336,7 @@ def _leave_together(error: BaseException) -> None:
     try:
         if _is_broken_connection(error):
             meeting.wait_for_news()
-            error = UserError(
-                f"another of the {meeting.place.world_size} processes has ended without a word: was it killed, as "
-                f"systems do when memory runs out?"
-            )
+            error = meeting.lost()
         status, first = meeting.fail(utils_error.status_of(error))
     except RuntimeError:  # the store went with the process that kept it
         status, first = utils_error.status_of(error), not isinstance(error, _AnotherFailedError)

@@ -54,7 +54,7 @@ def explain(error: BaseException) -> str | None:
         detail = f" ({'. '.join(message.split('. ')[:2])[:200]})" if message else ""
         return f"out of memory{detail}; take smaller batches, patches or tiles, or a smaller network"
     if isinstance(error, OSError):
-        if kind != type(error).__name__ or text != message:
+        if message != text:  # from a worker, whose traceback says no more than this
             return message
         if error.errno not in _FAULTS_OF_A_PROGRAM:
             return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
