@@ -160,7 +160,6 @@ class _Meeting:
         if first:
             self._news.set("failed", str(status))
             self._know(status)
-            self.close()
         elif self._status is None:
             self._know(int(self._news.get("failed")))
         return self._status or status, first
@@ -189,6 +188,7 @@ class _Meeting:
                 status = self.failure()
             except RuntimeError:  # the process that kept the store is gone
                 status, lost = 2, self.lost()
+                self._knows.set()
         if status is not None and not self._closed.wait(_GRACE):
             with self.writing:
                 if lost:
@@ -337,6 +337,7 @@ def _leave_together(error: BaseException) -> None:
         if _is_broken_connection(error):
             meeting.wait_for_news()
             error = meeting.lost()
+        meeting.close()  # from here on this process leaves by itself
         status, first = meeting.fail(utils_error.status_of(error))
     except RuntimeError:  # the store went with the process that kept it
         status, first = utils_error.status_of(error), not isinstance(error, _AnotherFailedError)
