@@ -1,6 +1,7 @@
 """What every model shares: its networks, their files, one optimizer step; and a generator, its EMA, its losses."""
 
 import copy
+import inspect
 import logging
 import math
 from collections.abc import Iterable, Mapping
@@ -82,9 +83,10 @@ class ModelBase:
         if utils_dist.world_size() > 1:
             # Buffers (spectral norm, batch statistics) stay each process's own: a broadcast in the middle of a step
             # would change in place what the other forward pass of the discriminator still needs.
-            network = DistributedDataParallel(
-                network, device_ids=[self.device] if self.device.type == "cuda" else None, broadcast_buffers=False
-            )
+            is_new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+            settings: dict[str, Any] = {"forward_sync_buffers" if is_new else "broadcast_buffers": False}
+            device_ids = [self.device] if self.device.type == "cuda" else None
+            network = DistributedDataParallel(network, device_ids=device_ids, **settings)
         self.networks[name] = network
         return network
 

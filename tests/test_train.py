@@ -9,20 +9,23 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from data import dataset_blindsr as blindsr
 from models.model_gan import ModelGAN
 from tests.conftest import REPOSITORY, photograph
 from tests.test_option import KAIR
 from tests.training import SSL, Workplace, assert_same, tree
 from utils.utils_checkpoint import unwrap
-from utils.utils_error import UserError
+from utils.utils_error import UserError, run
 from utils.utils_image import imread_uint, imsave
 from utils.utils_resume import Checkpoints, newest_generator
 from utils.utils_ssl import edge_mask
@@ -494,6 +497,87 @@ def test_an_image_that_breaks_while_training_is_one_line_from_a_worker_too(work:
     assert "\n" not in str(error.value)
     assert "Traceback" not in str(error.value)
     assert ".png" in str(error.value)
+
+
+class Worker(blindsr.DatasetBlindSR):
+    """A data set whose reading process meets ``trouble``."""
+
+    trouble: Callable[[], None]
+
+    def __getitem__(self, key):
+        if torch.utils.data.get_worker_info():
+            type(self).trouble()
+        return super().__getitem__(key)
+
+
+def fail(error: Exception) -> Callable[[], None]:
+    def trouble() -> None:
+        raise error
+
+    return trouble
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the stand-in is inherited by a fork")
+@pytest.mark.parametrize(
+    ("trouble", "named"),
+    [
+        (
+            lambda: os.kill(os.getpid(), signal.SIGKILL),
+            r"reads images was stopped \(killed\).*num_workers",
+        ),
+        (lambda: os.kill(os.getpid(), signal.SIGBUS), r"/dev/shm is too small.*--shm-size=8g.*num_workers=0"),
+        (lambda: os._exit(3), r"a process that reads images was stopped \(it ended unexpectedly\)"),
+        (fail(MemoryError("Unable to allocate 3 TiB")), r"out of memory \(Unable to allocate 3 TiB\); take smaller"),
+        (fail(cv2.error("error: (-4:Insufficient memory) Failed to allocate 9 bytes")), "out of memory"),
+        (fail(OSError(5, "Input/output error", "a.png")), r"Input/output error: 'a\.png'"),
+        (fail(RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)")), r"/dev/shm is too"),
+    ],
+    ids=["killed", "bus_error", "ended", "memory", "opencv_memory", "disk", "shared_memory"],
+)
+def test_trouble_of_a_reading_process_is_one_line(work: Workplace, monkeypatch, capsys, trouble, named) -> None:
+    monkeypatch.setattr(Worker, "trouble", staticmethod(trouble), raising=False)
+    monkeypatch.setattr("data.select_dataset.DatasetBlindSR", Worker)
+    with pytest.raises(SystemExit, match="2"):
+        run(lambda: work.run("datasets.train.dataloader_num_workers=1", "datasets.test=null"))
+    assert re.fullmatch(rf"error: .*{named}.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the stand-in is inherited by a fork")
+def test_a_fault_of_the_program_in_a_reading_process_shows_its_traceback(work: Workplace, monkeypatch) -> None:
+    monkeypatch.setattr(Worker, "trouble", staticmethod(fail(ZeroDivisionError("a fault"))), raising=False)
+    monkeypatch.setattr("data.select_dataset.DatasetBlindSR", Worker)
+    with pytest.raises(ZeroDivisionError, match="a fault"):
+        work.run("datasets.train.dataloader_num_workers=1", "datasets.test=null")
+
+
+@pytest.mark.parametrize("name", ["models", "images", "options", "tensorboard", "train.log"])
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_what_stands_in_the_way_of_a_runs_files_stops_it_before_anything_is_built(
+    work: Workplace, monkeypatch, name: str, kind: str
+) -> None:
+    if (kind == "file") == (name == "train.log"):
+        pytest.skip("that is what it should be")
+    if kind == "link" and os.name == "nt":
+        pytest.skip("Windows asks for a privilege to make one")
+    monkeypatch.setattr("tests.training.define_Model", None)
+    work.folder().mkdir(parents=True)
+    path = work.folder() / name
+    if kind == "link":
+        path.symlink_to(work.root / "nowhere")
+    elif kind == "file":
+        path.write_text("")
+    else:
+        path.mkdir()
+    before = sorted(work.folder().rglob("*"))
+    with pytest.raises(UserError, match=rf"{name} is not a (file|folder) that can be written; move it away"):
+        work.run()
+    assert sorted(work.folder().rglob("*")) == before
+
+
+def test_a_batch_that_no_machine_can_hold_is_refused(work: Workplace) -> None:
+    with pytest.raises(UserError, match=r"dataloader_batch_size, H_size: 1000000000 patches of 32 px need 11,444 GiB"):
+        work.run("datasets.train.dataloader_batch_size=1000000000")
+    assert not (work.root / "runs").exists()
 
 
 def _break_images(work: Workplace) -> None:

@@ -1,7 +1,9 @@
 """How a mistake of the user is reported: one line on standard error, exit status 2, no traceback."""
 
 import argparse
+import errno
 import os
+import re
 import stat
 import sys
 from collections.abc import Callable
@@ -31,15 +33,81 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
+    def print_help(self, file: Any = None) -> None:
+        if os.environ.get("RANK", "0") == "0":  # torchrun starts many; one of them answers
+            super().print_help(file)
+
+
+# What PyTorch, OpenCV, cuDNN and cuBLAS say where memory is short: no class of exception is common to them.
+_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "Insufficient memory", "ALLOC_FAILED")
+_FAULTS_OF_A_PROGRAM = (None, errno.EBADF, errno.EINVAL, errno.EPIPE)
+
+
+def explain(error: BaseException) -> str | None:
+    """The one line for a mistake of the user or a want of the machine; None where the fault is the program's."""
+    text = " ".join(str(error).split())
+    kind, message = _in_worker(error) or (type(error).__name__, text)
+    if isinstance(error, UserError):
+        return message
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):  # it died without a traceback
+        text = f"{text} {error.__cause__ or error.__context__ or ''}"
+        if "bus error" in text.lower():
+            return _NO_SHARED_MEMORY
+        how = text.partition("killed by signal: ")[2].partition(".")[0].lower() or "it ended unexpectedly"
+        return (
+            f"a process that reads images was stopped ({how}), as systems do when memory runs out; lower "
+            f"datasets.train.dataloader_num_workers or dataloader_batch_size"
+        )
+    if "shared memory" in message or "file </torch_" in message:
+        return _NO_SHARED_MEMORY
+    if kind == "MemoryError" or any(words in message for words in _NO_MEMORY):
+        message = re.sub(r"^\[enforce fail [^]]*\] (err == 0)?\.? ?", "", message)
+        detail = f" ({'. '.join(message.split('. ')[:2])[:200]})" if message else ""
+        return f"out of memory{detail}; take smaller batches, patches or tiles, or a smaller network"
+    if isinstance(error, OSError):
+        if message != text:  # from a worker, whose traceback says no more than this
+            return message
+        if error.errno not in _FAULTS_OF_A_PROGRAM:
+            return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+    return None
+
+
+_NO_SHARED_MEMORY = (
+    "/dev/shm is too small for the batches of the reading processes; give the container more (docker run "
+    "--shm-size=8g) or set datasets.train.dataloader_num_workers=0"
+)
+
+
+def _in_worker(error: BaseException) -> tuple[str, str] | None:
+    """Class and text of an exception that a DataLoader's worker has sent with its traceback; None where none has."""
+    first, _, rest = str(error).strip().partition("\n")
+    raised = re.findall(r"^(?:\w+\.)*(\w+)(?:: (.*))?$", rest, re.MULTILINE)  # lines of a traceback are indented
+    return raised[-1] if raised and " in DataLoader worker process " in first else None
+
+
+def status_of(error: BaseException) -> int:
+    """The status to leave with: 2 after what the user can mend, 130 after Ctrl-C, 1 after a fault of the program."""
+    return 130 if isinstance(error, KeyboardInterrupt) else 2 if explain(error) else 1
+
+
+def tell(error: BaseException) -> None:
+    """One line on standard error; of a fault of the program its traceback."""
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    elif line := explain(error):
+        print(f"error: {line}", file=sys.stderr)
+    else:
+        sys.excepthook(type(error), error, error.__traceback__)
+
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a script's ``main`` and leave the process: status 0, 2 after a :class:`UserError`, 130 after Ctrl-C."""
+    """Run a script's ``main`` and leave the process: status 0, 2 after a :class:`UserError`, 130 after Ctrl-C.
+
+    Want of memory, space or permission is told as a :class:`UserError` is (:func:`explain`).
+    """
     try:
         status = main()
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
+    except (Exception, KeyboardInterrupt) as error:
+        tell(error)
+        status = status_of(error)
     sys.exit(status)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from utils.utils_error import UserError
+from utils.utils_error import UserError, explain
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,8 @@ def _init_worker(_: int) -> None:
     # sends its workers home; if it dies they notice by themselves.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "SIGBUS"):  # /dev/shm is full: the main process says it, PyTorch's handler would too
+        signal.signal(signal.SIGBUS, signal.SIG_DFL)
 
 
 def training_loader(dataset: Dataset, sampler: EndlessBatchSampler, num_workers: int, pin_memory: bool) -> DataLoader:
@@ -90,15 +92,17 @@ def training_loader(dataset: Dataset, sampler: EndlessBatchSampler, num_workers:
 
 
 def batches(loader: DataLoader) -> Generator[dict[str, Any], None, None]:
-    """The loader's batches; a user's mistake found in a worker is one line here, without the worker's traceback.
+    """The loader's batches; what is no fault of the program's is one line here, without the worker's traceback.
 
     Close the generator (``contextlib.closing``) to send the workers home.
     """
     iterator = iter(loader)
     try:
         yield from iterator
-    except UserError as error:
-        raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from error
+    except Exception as error:
+        if line := explain(error):
+            raise UserError(line) from error
+        raise
     finally:
         # Now and not when the garbage is collected: workers are deaf to the SIGTERM that would end them at exit.
         if hasattr(iterator, "_shutdown_workers"):
