@@ -14,8 +14,9 @@ copied into another trainer together. ``python -m similarity_cuda`` checks and t
         unless asked for). The loss is differentiable in sr.
 
 Both are deterministic, run to run and for any number of threads. On a GPU the host waits for it once in a call of
-``loss``, to learn how many pixels are masked: that is the size of what follows. They raise RuntimeError (ValueError for
-a mask that is not of {0, 1}) with the offending value.
+``loss``, to learn how many pixels are masked: that is the size of what follows. Arguments may have any layout in
+memory, results are contiguous. They raise RuntimeError (ValueError for a mask that is not of {0, 1}, a sigma that is
+not positive, negative weights) with the offending value.
 """
 
 import torch
