@@ -13,7 +13,7 @@ import torch
 
 from tests.conftest import GOLDEN, REPOSITORY
 from utils import utils_ssl
-from utils.utils_ssl import SelfSimilarityLoss, edge_mask, mask_stride_pattern, self_similarity_graph
+from utils.utils_ssl import SelfSimilarityLoss, edge_mask, graph_difference, mask_stride_pattern, self_similarity_graph
 
 WHY_NO_CPP = utils_ssl._why_not("cpp", "cpu")
 CPP = pytest.param("cpp", marks=pytest.mark.skipif(WHY_NO_CPP is not None, reason=f"no C++ kernels: {WHY_NO_CPP}"))
@@ -210,6 +210,18 @@ def test_many_large_images_are_split_without_changing_the_graph():
     whole = self_similarity_graph(image, mask, ssl_mode="boxsum")
     alone = [self_similarity_graph(image[i : i + 1], mask[i : i + 1], ssl_mode="boxsum") for i in (0, 3, 4)]
     torch.testing.assert_close(whole, torch.cat(alone), rtol=0, atol=0)  # the same sums in the same order
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_loss_is_the_mean_difference_of_the_two_graphs(mode):
+    gt, sr, mask = published_pair()
+    l1, kl = graph_difference(*(graph_of(image, mask, ssl_mode=mode) for image in (sr, gt)))
+    assert l1.shape == kl.shape == (4,)
+    expected = torch.stack([300 * l1.mean() + 700 * kl.mean(), 300 * l1.mean(), 700 * kl.mean()])
+    # Float64; KL is a small difference of large terms, which the fused form sums in another order.
+    torch.testing.assert_close(
+        torch.stack(Loss(300, 700, ssl_mode=mode).parts(sr, gt, mask)), expected, rtol=1e-9, atol=0
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -515,6 +527,7 @@ def test_threads_change_no_bit_of_the_compiled_loss():
         (dict(row=torch.tensor([16])), "row 16"),
         (dict(row=torch.tensor([1, 2])), "2 rows"),
         (dict(row=torch.tensor([1.0])), "int64"),
+        (dict(row=torch.tensor([1], dtype=torch.int32)), "int64 vectors on cpu, not Int"),
     ],
 )
 def test_the_compiled_operators_check_what_they_are_given(arguments, words):
@@ -522,6 +535,14 @@ def test_the_compiled_operators_check_what_they_are_given(arguments, words):
     img, row = arguments.get("img", torch.rand(1, 3, 16, 18)), arguments.get("row", one)
     with pytest.raises(RuntimeError, match=words):
         torch.ops.similarity.distances(img, one, row, one, arguments.get("search", 7), arguments.get("window", 3), True)
+
+
+@pytest.mark.skipif(WHY_NO_CPP is not None, reason=f"no C++ kernels: {WHY_NO_CPP}")
+@pytest.mark.parametrize("shape", [(7, 7, 1), (1, 49), (1, 7, 9)])
+def test_a_gradient_of_another_shape_is_refused(shape):
+    one = torch.tensor([0])
+    with pytest.raises(RuntimeError, match=r"Float on cpu must be \[1, 7, 7\] Float"):
+        torch.ops.similarity.distances_backward(torch.rand(shape), torch.rand(1, 3, 9, 9), one, one, one, 7, 3, True)
 
 
 @pytest.mark.skipif(WHY_NO_CPP is not None, reason=f"no C++ kernels: {WHY_NO_CPP}")
