@@ -28,7 +28,7 @@ from utils.utils_checkpoint import unwrap
 from utils.utils_error import UserError, run
 from utils.utils_image import imread_uint, imsave
 from utils.utils_resume import Checkpoints, newest_generator
-from utils.utils_ssl import edge_mask
+from utils.utils_ssl import SelfSimilarityLoss, edge_mask
 from utils.utils_validate import validate
 
 GAN = ("model=gan", *SSL)
@@ -784,6 +784,30 @@ def test_channels_last_changes_the_layout_of_every_network_and_not_what_is_learn
             # Convolutions add in another order; Adam turns rounding of gradients near 0 into steps of up to 1e-3 each.
             assert (a - b).abs().max() <= 4e-3
             assert (a - b).abs().mean() < 1e-5
+
+
+def test_an_output_in_channels_last_has_the_loss_and_the_gradients_of_its_contiguous_copy(work: Workplace) -> None:
+    """RRDBNet ends in a convolution, so its output has that layout; the small network above ends in a pixel shuffle."""
+    rrdb = ("netG.net_type=rrdbnet", "netG.nf=8", "netG.nb=1", "netG.gc=4")
+    settings = ("train.G_lossfn_weight=0", "train.channels_last=true", *rrdb, *SSL)
+    work.options["netG"] = {}
+    logs, gradients, images = [], [], []
+    for mode in ("pytorch", "auto"):
+        model = work.model(*settings, f"train.ssl_mode={mode}")
+        model.feed_data(work.batch(*settings))
+        model.optimize_parameters(1)
+        assert not model.E.is_contiguous()
+        assert model.E.is_contiguous(memory_format=torch.channels_last)
+        logs.append(model.current_log())
+        gradients.append([p.grad for p in unwrap(model.netG).parameters()])
+        images.append((model.E.detach().contiguous(), model.H))
+    specified = SelfSimilarityLoss(50, 50, 9, 3, ssl_mode="pytorch")(*images[0])
+    assert sum(logs[0][name] for name in ("ssl_l1", "ssl_kl")) == pytest.approx(specified.item(), rel=1e-5)
+    assert logs[1] == pytest.approx(logs[0], rel=1e-4)
+    # Float32; where two graphs are nearly equal, rounding picks the sign of L1's gradient. A misread layout is off by
+    # more than a quarter.
+    for right, ours in zip(*gradients, strict=True):
+        assert (ours - right).norm() <= 1e-3 * right.norm()
 
 
 def test_a_milestone_acts_from_its_step_on(work: Workplace) -> None:

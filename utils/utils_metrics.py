@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from utils.utils_error import UserError
 from utils.utils_image import calculate_psnr, calculate_ssim, uint2tensor4, unrounded_y
-from utils.utils_ssl import edge_mask, self_similarity_graph
+from utils.utils_ssl import edge_mask, graph_difference, self_similarity_graph
 
 logger = logging.getLogger(__name__)
 Picture = NDArray[np.uint8]
@@ -122,7 +122,7 @@ def choose(names: Iterable[str]) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------- our own
 
 _BAND_PIXELS = 2**15  # a band's graphs take at most 80 MB each, commonly a tenth of that
-_SEARCH, _EPS = 25, 1e-10  # of utils_ssl
+_SEARCH = 25  # of utils_ssl
 
 
 def ssg_maps(
@@ -158,11 +158,8 @@ def ssg_maps(
         at = of_band[0, 0].nonzero().cpu().numpy() + border
         if len(at):
             target = self_similarity_graph(hr[band], of_band[band])
-            log_target = target.clamp(min=_EPS).log_()
             for sr, values in zip(srs, maps, strict=True):
-                graph = self_similarity_graph(sr[band], of_band[band])
-                l1 = (graph - target).abs_().mean(1)
-                kl = (target.clamp(min=_EPS) * (log_target - graph.clamp_(min=_EPS).log_())).mean(1)
+                l1, kl = graph_difference(self_similarity_graph(sr[band], of_band[band]), target)
                 values[at[:, 0], at[:, 1]] = 1000 * (l1 + kl).cpu().numpy()
     return maps
 
