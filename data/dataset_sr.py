@@ -9,7 +9,7 @@ from utils.utils_image import Array, ImageExtras, imresize_np, uint2single
 
 
 class DatasetSR(DatasetBase):
-    """``sr`` and ``plain``: L from ``dataroot_L`` or, without it, by MATLAB bicubic from the whole H, unrounded."""
+    """``sr``, ``plain``, ``multiLR_oneGT``: L from ``dataroot_L``; ``sr`` without it: by MATLAB bicubic, unrounded."""
 
     def make_images(self, files: Files, rng: np.random.Generator) -> tuple[dict[str, Array], ImageExtras | None]:
         images, extras = self.read_H(files)

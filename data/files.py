@@ -29,7 +29,8 @@ class Files(NamedTuple):
 def list_files(opt: DatasetOptions) -> tuple[list[Files], list[str]]:
     """The items of a data set in the order of H, and a line for every image that lacks a partner.
 
-    An H with several L (:func:`group_versions`) makes as many items.
+    An H with several L (:func:`group_versions`) makes as many items. ``multiLR_oneGT`` goes by L: an H without any is
+    no problem there.
 
     Raises UserError for a folder that is not named, is missing or is empty.
     """
@@ -38,13 +39,17 @@ def list_files(opt: DatasetOptions) -> tuple[list[Files], list[str]]:
     kind = opt.dataset_type.removesuffix("mask")
     if not opt.dataroot_H:
         raise UserError(f"datasets.{opt.phase}.dataroot_H is not set: name the folder of ground-truth images")
-    if kind == "plain" and not opt.dataroot_L:
-        raise UserError(f'datasets.{opt.phase}.dataroot_L is not set: "plain" needs the folder of the inputs')
+    if kind in ("plain", "multiLR_oneGT") and not opt.dataroot_L:
+        raise UserError(f'datasets.{opt.phase}.dataroot_L is not set: "{kind}" needs the folder of the inputs')
     H_paths = get_image_paths(opt.dataroot_H)
     L_paths = get_image_paths(opt.dataroot_L) if kind != "blindsr" else []
     mask_paths = get_mask_paths(opt.dataroot_H_mask) if opt.dataset_type.endswith("mask") else []
     problems: list[str] = []
     versions = group_versions(H_paths, L_paths, opt.scale)
+    if kind == "multiLR_oneGT":
+        Hs = _partners(list(versions), H_paths, opt.scale, "image in dataroot_H", problems)
+        pairs = zip(versions.values(), Hs, strict=True)
+        return [Files(H, L, None) for of_one_H, H in pairs if H for L in of_one_H], problems
     Ls = _partners(H_paths, list(versions), opt.scale, "image in dataroot_L", problems)
     masks = _partners(H_paths, mask_paths, opt.scale, "mask in dataroot_H_mask", problems)
     complete = [

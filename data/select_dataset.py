@@ -18,7 +18,7 @@ def define_Dataset(dataset_opt: DatasetOptions) -> Dataset[dict[str, Any]]:
     Raises UserError for an unknown type, for missing or empty folders and for images without a partner.
     """
     dataset_type = dataset_opt.dataset_type
-    if dataset_type in ("sr", "srmask", "plain", "plainmask"):
+    if dataset_type in ("sr", "srmask", "plain", "plainmask", "multiLR_oneGT"):
         return DatasetSR(dataset_opt)
     if dataset_type in ("blindsr", "blindsrmask"):
         return DatasetBlindSR(dataset_opt)

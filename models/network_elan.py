@@ -124,16 +124,18 @@ class ELAN(nn.Module):
 
     Args:
         scale: any whole scale.
-        colors: image channels; 3 subtracts DIV2K's mean.
+        colors: image channels.
         window_sizes: a window for each group of channels, all of one size.
         m_elan: attention blocks; c_elan: features.
         n_share: so many blocks after each one attend with its queries and keys.
         r_expand: widening of the local features.
         img_range: the input is multiplied, the output divided by it.
+        rgb_mean: subtracted before and added after where ``colors`` is 3; None = DIV2K's.
         use_checkpoint: recompute each block in the backward pass, to save memory at about a third more time.
 
     Raises:
-        ValueError: ``c_elan`` does not divide by the number of windows, or ``m_elan`` by ``1 + n_share``.
+        ValueError: ``c_elan`` does not divide by the number of windows, or ``m_elan`` by ``1 + n_share``; or the
+            windows have no common multiple up to 1024.
     """
 
     mean: Tensor
@@ -149,6 +151,7 @@ class ELAN(nn.Module):
         r_expand: int = 2,
         img_range: float = 255.0,
         use_checkpoint: bool = False,
+        rgb_mean: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         if c_elan % len(window_sizes):
@@ -159,7 +162,10 @@ class ELAN(nn.Module):
         self.img_range = img_range
         self.use_checkpoint = use_checkpoint
         self.size_multiple = math.lcm(*window_sizes)
-        self.register_buffer("mean", colour_mean(colors), persistent=False)
+        if self.size_multiple > 1024:
+            raise ValueError(f"window_sizes {window_sizes} fit into no image of less than {self.size_multiple} pixels")
+        mean = colour_mean(colors) if rgb_mean is None or colors != 3 else torch.tensor(rgb_mean).view(1, 3, 1, 1)
+        self.register_buffer("mean", mean, persistent=False)
         self.head = nn.Sequential(nn.Conv2d(colors, c_elan, 3, 1, 1))
         self.body = nn.Sequential(
             *(_ELAB(c_elan, window_sizes, n % 2 == 1, n_share, r_expand) for n in range(m_elan // (1 + n_share)))

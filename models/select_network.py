@@ -1,5 +1,7 @@
 """From ``netG.net_type`` and ``netD.net_type`` to networks."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +34,21 @@ from utils.utils_error import UserError
 from utils.utils_option import Options, network_options, patch_size
 
 
+@contextmanager
+def _one_line(side: str, net_type: str) -> Iterator[None]:
+    """What a network cannot be built with, or where, is the user's to change."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{side}: {net_type}: {error}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        raise UserError(
+            f"{side}: {net_type}: too large for the memory of this machine; give it fewer features"
+        ) from error
+
+
 def define_G(opt: Any) -> nn.Module:
     """Build the generator of ``opt.netG``, initialised when ``opt.is_train``; spandrel's come with their weights.
 
@@ -48,10 +65,8 @@ def define_G(opt: Any) -> nn.Module:
         if opt.is_train and isinstance(opt, Options) and opt.train_set:
             published.check_patch(patch_size(opt.train_set) // opt.scale)
         return published
-    try:
+    with _one_line("netG", net.net_type):
         network = _generator(net, opt.scale)
-    except ValueError as error:
-        raise UserError(f"netG: {net.net_type}: {error}") from error
     if opt.is_train:
         init_weights(network, net.init_type, net.init_bn_type, net.init_gain)
     return network
@@ -103,6 +118,7 @@ def _generator(net: Any, scale: int) -> nn.Module:
                 net.r_expand,
                 net.img_range,
                 net.use_checkpoint,
+                net.rgb_mean,
             )
         case "resshift_unet_swin":
             return UNetModelSwin(
@@ -152,10 +168,8 @@ def define_D(opt: Any) -> nn.Module:
     """Build the discriminator of ``opt.netD``, initialised when ``opt.is_train``; else as :func:`define_G`."""
     opt = network_options(opt) if isinstance(opt, dict) else opt
     net = opt.netD
-    try:
+    with _one_line("netD", net.net_type):
         network = _discriminator(net)
-    except ValueError as error:
-        raise UserError(f"netD: {net.net_type}: {error}") from error
     if opt.is_train:
         init_weights(network, net.init_type, net.init_bn_type, net.init_gain)
     return network
@@ -183,7 +197,8 @@ def _discriminator(net: Any) -> nn.Module:
 def define_R(opt: Any) -> nn.Module:
     """Build the ranker of ``opt.netR``, initialised when ``opt.is_train``; a new one is trained, not used as it is."""
     net = opt.netR
-    network = RankerVGG12(net.in_nc, net.base_nc)
+    with _one_line("netR", net.net_type):
+        network = RankerVGG12(net.in_nc, net.base_nc)
     if opt.is_train:
         init_weights(network, net.init_type, net.init_bn_type, net.init_gain)
     return network

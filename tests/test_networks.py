@@ -371,3 +371,18 @@ def test_a_file_of_other_weights_is_no_vgg19(tmp_path: Any) -> None:
 def test_a_layer_that_vgg19_lacks_is_named() -> None:
     with pytest.raises(UserError, match="F_feature_layer: 37 is no layer"):
         VGGFeatureExtractor([2, 37])
+
+
+def test_a_network_beyond_the_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def allocate(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9663676416 bytes")
+
+    monkeypatch.setattr("models.select_network.RRDBNet", allocate)
+    with pytest.raises(UserError, match="netG: rrdbnet: too large for the memory of this machine"):
+        define_G({"netG": {"net_type": "rrdbnet"}})
+
+
+def test_windows_without_a_common_multiple_are_one_line() -> None:
+    net = {"net_type": "elan", "m_elan": 1, "c_elan": 3, "window_sizes": [61, 59, 53]}
+    with pytest.raises(UserError, match=r"netG: elan: window_sizes .* of less than 190747 pixels"):
+        define_G({"netG": net})

@@ -86,6 +86,78 @@ def test_a_syntax_error_is_told_by_file_line_and_column(write, text: str, line: 
     assert "\n" not in str(error.value)
 
 
+# A slip that people make in BASE -> the line it is in, and the remedy.
+PLACE = '"trainsets/H"'
+SLIPS = {
+    "backslash": (BASE.replace(PLACE, r'"D:\data\HR"'), 3, r"write \\ or / in paths"),
+    "backslash_u": (BASE.replace(PLACE, r'"C:\users\me"'), 3, r"write \\ or / in paths"),
+    "backslash_at_the_end": (BASE.replace(PLACE, '"D:\\\\HR\\"'), 3, r"write \\ or / in paths"),
+    "network_share": (BASE.replace(PLACE, r'"\\server\share"'), 3, r"write \\ or / in paths"),
+    "block_comment": ("/* my run */\n" + BASE, 1, "begin each line of a comment with //"),
+    "block_comment_behind": (BASE.replace('"scale": 4,', '"scale": 4, /* x4 */'), 2, "of a comment with //"),
+    "hash": ("# my run\n" + BASE, 1, "begin each line of a comment with //"),
+    "none": (BASE.replace("4", "None"), 2, "write null"),
+    "true": (BASE.replace("4", "True"), 2, "write true"),
+    "false": (BASE.replace("4", "FALSE"), 2, "write false"),
+    "infinite": (BASE.replace("1.0", "-inf"), 6, "write a finite number"),
+    "single_quotes": (BASE.replace('"gan"', "'gan'"), 2, 'stand in double quotes, "..."'),
+    "curly_quotes": (BASE.replace('"gan"', "\u201cgan\u201d"), 2, 'stand in double quotes, "..."'),
+    "bare_key": (BASE.replace('"scale"', "scale"), 2, "stand in double quotes"),
+    "bare_text": (BASE.replace('"gan"', "gan"), 2, "stand in double quotes"),
+    "no_comma": (BASE.replace('"gan",', '"gan"'), 2, "put a comma before it"),
+    "no_colon": (BASE.replace('"scale":', '"scale"'), 2, "put a colon before it"),
+    "trailing_comma": (BASE.replace("1.0", "1.0,"), 6, "remove the comma before the bracket"),
+    "comma_first": (BASE.replace("{", "{,", 1), 1, "remove one comma"),
+    "two_commas": (BASE.replace('"gan",', '"gan",,'), 2, "remove one comma"),
+    "no_quote": (BASE.replace('"gan"', '"gan'), 2, "stand in double quotes"),
+    "no_quote_at_the_end": (
+        BASE.replace('H"}\n', "H}\n").replace('"testsets/H"}', '"testsets/H}'),
+        3,
+        "check its quotes",
+    ),
+    "a_number": (BASE.replace("1.0", ".5"), 6, "write numbers as 4, 0.5 or 1e-4"),
+    "no_bracket": (BASE[:-2], 6, "check brackets and quotes"),
+    "two_objects": (BASE + "{}", 7, "check brackets"),
+    "a_space_from_the_web": (BASE.replace("4", "\u00a04"), 2, "U+00A0 cannot be seen: remove it"),
+}
+
+
+@pytest.mark.parametrize("name", SLIPS)
+def test_a_slip_of_json_is_one_line_with_its_place_and_remedy(write, name: str) -> None:
+    text, line, remedy = SLIPS[name]
+    with pytest.raises(UserError) as error:
+        parse(write(text))
+    message = str(error.value)
+    assert f"line {line}, column " in message
+    assert remedy in message, message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["datasets.train.dataroot_H", "datasets.test.dataroot_L", "path.root", "path.pretrained_netG", "test.output"],
+)
+@pytest.mark.parametrize("value", [r"D:\train", r"D:\new", r"D:\bsd", r"D:\f", r"D:\results", "a\\u0000b"])
+def test_a_control_character_in_a_path_is_a_single_backslash(base: Path, key: str, value: str) -> None:
+    with pytest.raises(UserError, match=r"; write \\\\ or / in paths$") as error:
+        parse(base, overrides=[f'{key}="{value}"'])
+    assert str(error.value).startswith(f"{base}: {key}: ")
+    assert str(error.value).isprintable()
+
+
+def test_a_control_character_in_a_list_of_paths_is_found_too(base: Path) -> None:
+    with pytest.raises(UserError, match=r"dataroot_H: .*control character.*; write"):
+        parse(base, overrides=[r'datasets.train.dataroot_H=["a", "D:\train"]'])
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1"])
+def test_another_encoding_is_one_line_that_says_to_save_as_utf_8(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "o.json").write_bytes(BASE.replace('"t"', '"caf\u00e9"').encode(encoding))
+    with pytest.raises(UserError, match=r"cannot be read as a text file .*save as UTF-8") as error:
+        parse(tmp_path / "o.json")
+    assert "\n" not in str(error.value)
+
+
 def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "o.json").write_text(BASE, encoding="utf-8-sig")
     assert parse(tmp_path / "o.json").task == "t"
@@ -541,6 +613,26 @@ def test_a_wrong_value_is_one_line_with_its_key_and_the_remedy(base, overrides, 
     assert offered in message[message.index(named) :], message
     # The key is told as it is written in the file: no name of a Python class or of a union's branch between.
     assert not re.search(r"Options|constrained|function-|union|srvgg_compact\.", message), message
+
+
+HUGE = [
+    *("train.ssl_l1_weight=1e308", "train.F_weights=[1e308]", "train.G_optimizer_lr=1e300", "train.iterations=1e300"),
+    *("train.manual_seed=1e12", "train.kernel_size_search=1000000001", "train.mask_threshold=1e999"),
+    *("train.checkpoint_save=1e18", "train.sigma=1e-320", "train.G_optimizer_wd=1e300", "train.dm_weight=1e30"),
+    *("datasets.train.dataloader_batch_size=1e9", "datasets.train.H_size=1e9", "datasets.train.pair_pool=1e9"),
+    *("netG.nf=1e9", "netG.nc=1e9", "netD.base_nc=1e9", "scale=1e9", "gpu_ids=[1e30]", "test.tile=1e300"),
+    *("task=" + 90 * "\u6f22", "path.root=" + 300 * "x", "path.pretrained_netG=" + 3000 * "x/"),
+    *('netG={"net_type": "swinir", "window_size": 1000000000}', 'netG={"net_type": "elan", "n_share": 1000000000}'),
+    *('netG={"net_type": "swinir", "mlp_ratio": 1e300}', 'netG={"net_type": "rrdbnet", "nb": 1000000000}'),
+    *('diffusion={"type": "ddpm", "steps": 1000000000}', 'diffusion={"type": "resshift", "seed": 1e30}'),
+]
+
+
+@pytest.mark.parametrize("override", HUGE)
+def test_what_no_machine_can_compute_is_one_line(base: Path, override: str) -> None:
+    with pytest.raises(UserError, match=r"must be|finite|too long") as error:
+        parse(base, overrides=[override])
+    assert "\n" not in str(error.value)
 
 
 BROKEN_FILES = {

@@ -772,6 +772,32 @@ def test_a_pretrained_generator_starts_the_average_too(work: Workplace) -> None:
     assert_same(dict(model.netE.state_dict()), torch.load(start, weights_only=True))
 
 
+@pytest.mark.parametrize("model", [("model=plain",), GAN], ids=["plain", "gan"])
+def test_a_run_that_goes_on_needs_none_of_the_files_it_started_from(work: Workplace, model) -> None:
+    work.run(*model, "task=first", "train.iterations=2")
+    shutil.copytree(work.folder("first") / "models", work.root / "start")
+    starts = [f"path.pretrained_net{net}={work.root}/start/2_{net}.pth" for net in ("GDE" if len(model) > 1 else "GE")]
+    work.run(*model, *starts, "train.iterations=2")
+    work.run(*model, *starts, "task=here")
+    (work.root / "start").rename(work.root / "gone")
+    work.run(*model, *starts)
+    assert_same(work.saved(4), work.saved(4, "here"))
+    log = work.log()
+    for start in starts:
+        key, _, path = start.partition("=")
+        assert log.count(f"{key}: {path} is gone, and not needed: step 2 of the run has all weights") == 1
+
+
+def test_a_start_file_is_needed_where_there_is_no_complete_checkpoint(work: Workplace) -> None:
+    work.run("train.iterations=2")
+    (work.folder() / "models" / "2_optimizerG.pth").unlink()
+    (work.folder() / "models" / "2_state.json").unlink()  # as KAIR's own checkpoints, which have none
+    before = tree(work.folder() / "models")
+    with pytest.raises(UserError, match=r"path\.pretrained_netG: there is no file zoo/G\.pth; put it there, or begin"):
+        work.run("path.pretrained_netG=zoo/G.pth")
+    assert tree(work.folder() / "models") == before
+
+
 def test_channels_last_changes_the_layout_of_every_network_and_not_what_is_learned(work: Workplace) -> None:
     models = [work.model(*GAN, f"train.channels_last={last}") for last in ("false", "true")]
     for model in models:

@@ -56,7 +56,8 @@ def degradation_of(opt: DatasetOptions) -> Draw:
     if opt.degradation_type not in _BSRGAN:
         return DEGRADATIONS[opt.degradation_type]
     draw, strength = _BSRGAN[opt.degradation_type]
-    return partial(draw, strength=replace(strength, camera_prob=opt.camera_prob, shuffle_prob=opt.shuffle_prob))
+    shuffle_prob = strength.shuffle_prob if opt.shuffle_prob is None else opt.shuffle_prob
+    return partial(draw, strength=replace(strength, camera_prob=opt.camera_prob, shuffle_prob=shuffle_prob))
 
 
 def sharpens_H(degradation_type: str) -> bool:

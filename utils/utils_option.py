@@ -12,9 +12,9 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from utils.utils_error import UserError, check_regular
 
@@ -29,11 +29,38 @@ def _no_bool(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, bool) else value
 
 
+def _not_tiny(value: float) -> float:
+    """What is divided by must not be zero in single precision."""
+    if value < 1e-30:
+        raise ValueError(f"must be at least 1e-30, not {value}")
+    return value
+
+
+def _plain_path(value: str | list[str]) -> str | list[str]:
+    """``"D:\\train"`` with one backslash is valid JSON: it holds a tab."""
+    for path in [value] if isinstance(value, str) else value:
+        longest = max(len(name.encode("utf-8", "surrogatepass")) for name in re.split(r"[/\\]", path))
+        if len(path) > 4000 or longest > 255:
+            raise ValueError(f"of {len(path)} characters is too long, or a name in it; names have 255 bytes at most")
+        if re.search(r"[\x00-\x1f\x7f]", path):
+            raise ValueError(f"{json.dumps(path)} holds a control character, which {_BACKSLASH}")
+    return value
+
+
+_BACKSLASH = r"a single backslash makes of the letter after it; write \\ or / in paths"
+# The largest numbers only keep out what no machine could compute or count.
 Channels = Annotated[Literal[1, 3], BeforeValidator(_no_bool)]
-Count = Annotated[int, BeforeValidator(_integral), Field(ge=0)]
-Positive = Annotated[int, BeforeValidator(_integral), Field(ge=1)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Rate = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
+Count = Annotated[int, BeforeValidator(_integral), Field(ge=0, le=10**15)]
+Positive = Annotated[int, BeforeValidator(_integral), Field(ge=1, le=10**15)]
+Pixels = Annotated[int, BeforeValidator(_integral), Field(ge=1, le=65536)]
+Features = Annotated[int, BeforeValidator(_integral), Field(ge=1, le=16384)]
+Blocks = Annotated[int, BeforeValidator(_integral), Field(ge=1, le=1024)]
+Window = Annotated[int, BeforeValidator(_integral), Field(ge=1, le=64)]
+Seed = Annotated[int, BeforeValidator(_integral), Field(ge=0, lt=2**32)]
+Weight = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False), AfterValidator(_not_tiny)]
+PathText = Annotated[str, AfterValidator(_plain_path)]
+Paths = Annotated[str | list[str], AfterValidator(_plain_path)]
 ActMode = Literal["R", "L", "BR", "BL", "IR", "IL"]
 InitType = Literal[
     "default",
@@ -72,14 +99,14 @@ class _Network(Section):
 
 
 class _Generator(_Network):
-    in_nc: Positive | None = Field(None, description="input channels; null = n_channels")
-    out_nc: Positive | None = Field(None, description="output channels; null = n_channels")
+    in_nc: Features | None = Field(None, description="input channels; null = n_channels")
+    out_nc: Features | None = Field(None, description="output channels; null = n_channels")
 
 
 class _RRDBNetBase(_Generator):
-    nf: Positive = Field(64, description="features")
-    nb: Positive = Field(23, description="residual-in-residual dense blocks")
-    gc: Positive = Field(32, description="growth channels of a dense block")
+    nf: Features = Field(64, description="features")
+    nb: Blocks = Field(23, description="residual-in-residual dense blocks")
+    gc: Features = Field(32, description="growth channels of a dense block")
     use_checkpoint: bool = Field(False, description="recompute blocks in the backward pass: less memory, more time")
 
 
@@ -95,51 +122,55 @@ class RRDBNetBasicSROptions(_RRDBNetBase):
 
 class SPSROptions(_RRDBNetBase):
     net_type: Literal["spsr"] = Field("spsr", description="SPSRNet, guided by a branch that enlarges the gradient")
-    nb: Annotated[int, BeforeValidator(_integral), Field(ge=20)] = Field(23, description="blocks; the branch needs 20")
+    nb: Annotated[int, BeforeValidator(_integral), Field(ge=20, le=1024)] = Field(
+        23, description="blocks; the branch needs 20"
+    )
     upsample_mode: Literal["upconv", "pixelshuffle", "convtranspose"] = Field("upconv", description="upsampling")
 
 
 class RRDBOptions(_Generator):
     net_type: Literal["rrdb"] = Field("rrdb", description="KAIR's RRDB, sequential names")
-    nf: Positive = Field(64, description="features (KAIR: nc)")
-    nb: Positive = Field(23, description="residual-in-residual dense blocks")
-    gc: Positive = Field(32, description="growth channels of a dense block")
+    nf: Features = Field(64, description="features (KAIR: nc)")
+    nb: Blocks = Field(23, description="residual-in-residual dense blocks")
+    gc: Features = Field(32, description="growth channels of a dense block")
     act_mode: ActMode = Field("L", description="R = ReLU, L = LeakyReLU; B or I before it = batch or instance norm")
     upsample_mode: Literal["upconv", "pixelshuffle", "convtranspose"] = Field("upconv", description="upsampling")
 
 
 class MSRResNetOptions(_Generator):
     net_type: Literal["msrresnet0", "msrresnet1"] = Field("msrresnet1", description="KAIR's SRResNet variants")
-    nc: Positive = Field(64, description="features")
-    nb: Positive = Field(16, description="residual blocks")
+    nc: Features = Field(64, description="features")
+    nb: Blocks = Field(16, description="residual blocks")
     act_mode: ActMode = Field("R", description="R = ReLU, L = LeakyReLU; B or I before it = batch or instance norm")
     upsample_mode: Literal["upconv", "pixelshuffle", "convtranspose"] = Field("upconv", description="upsampling")
 
 
 class RankSRGANSRResNetOptions(_Generator):
     net_type: Literal["ranksrgan_srresnet"] = Field("ranksrgan_srresnet", description="SRResNet of RankSRGAN")
-    nf: Positive = Field(64, description="features")
-    nb: Positive = Field(16, description="residual blocks")
+    nf: Features = Field(64, description="features")
+    nb: Blocks = Field(16, description="residual blocks")
 
 
 class SRVGGOptions(_Generator):
     net_type: Literal["srvgg_compact"] = Field("srvgg_compact", description="small and fast, of Real-ESRGAN")
-    nf: Positive = Field(64, description="features")
-    nc: Positive = Field(16, description="number of convolutions between the first and the last")
+    nf: Features = Field(64, description="features")
+    nc: Blocks = Field(16, description="number of convolutions between the first and the last")
     act_type: Literal["prelu", "relu", "leakyrelu"] = Field("prelu", description="activation")
 
 
 class SwinIROptions(_Network):
     net_type: Literal["swinir"] = Field("swinir", description="SwinIR, arXiv 2108.10257; the defaults are SwinIR-M")
     upscale: Positive | None = Field(None, description="null = scale")
-    in_chans: Positive | None = Field(None, description="image channels; null = n_channels")
-    img_size: Positive = Field(64, description="side of the L patch in training; sizes only the masks in the files")
-    window_size: Positive = Field(8, description="side of the attention windows; img_size must divide by it")
+    in_chans: Features | None = Field(None, description="image channels; null = n_channels")
+    img_size: Pixels = Field(64, description="side of the L patch in training; sizes only the masks in the files")
+    window_size: Window = Field(8, description="side of the attention windows; img_size must divide by it")
     img_range: Rate = Field(1.0, description="factor of the input; 255 in the JPEG models")
-    depths: list[Positive] = Field([6] * 6, description="Swin blocks of each residual group", min_length=1)
-    embed_dim: Positive = Field(180, description="features")
-    num_heads: list[Positive] = Field([6] * 6, description="attention heads in each residual group", min_length=1)
-    mlp_ratio: Rate = Field(2.0, description="widening in the perceptrons")
+    depths: list[Blocks] = Field([6] * 6, description="Swin blocks of each residual group", min_length=1, max_length=64)
+    embed_dim: Features = Field(180, description="features")
+    num_heads: list[Features] = Field(
+        [6] * 6, description="attention heads in each residual group", min_length=1, max_length=64
+    )
+    mlp_ratio: Annotated[float, Field(gt=0, le=64)] = Field(2.0, description="widening in the perceptrons")
     upsampler: Literal["pixelshuffle", "pixelshuffledirect", "nearest+conv", ""] | None = Field(
         "pixelshuffle", description="pixelshuffle, ...direct (lightweight), nearest+conv (real-world); null = scale 1"
     )
@@ -156,13 +187,20 @@ class SwinIROptions(_Network):
 
 class ELANOptions(_Network):
     net_type: Literal["elan"] = Field("elan", description="ELAN, arXiv 2203.06697")
-    colors: Positive | None = Field(None, description="image channels; null = n_channels")
-    window_sizes: list[Positive] = Field([4, 8, 16], description="a window for each group of channels", min_length=1)
-    m_elan: Positive = Field(36, description="attention blocks")
-    c_elan: Positive = Field(180, description="features; divide by the number of windows")
-    n_share: Count = Field(0, description="blocks after each one that attend with its queries")
-    r_expand: Positive = Field(2, description="widening of the local features")
+    colors: Features | None = Field(None, description="image channels; null = n_channels")
+    window_sizes: list[Window] = Field(
+        [4, 8, 16], description="a window for each group of channels", min_length=1, max_length=64
+    )
+    m_elan: Blocks = Field(36, description="attention blocks")
+    c_elan: Features = Field(180, description="features; divide by the number of windows")
+    n_share: Annotated[int, BeforeValidator(_integral), Field(ge=0, le=1024)] = Field(
+        0, description="blocks after each one that attend with its queries"
+    )
+    r_expand: Blocks = Field(2, description="widening of the local features")
     img_range: Rate = Field(255.0, description="factor of the input")
+    rgb_mean: list[Annotated[float, Field(ge=0, le=1)]] | None = Field(
+        None, description="subtracted from RGB images; null = the mean of DIV2K", min_length=3, max_length=3
+    )
     use_checkpoint: bool = Field(False, description="recompute blocks in the backward pass: less memory, more time")
 
 
@@ -172,20 +210,22 @@ class DiffusionNetwork(_Network):
 
 class UNet2DOptions(DiffusionNetwork):
     net_type: Literal["unet2d"] = Field("unet2d", description="U-Net of diffusers (UNet2DModel), on x_t beside y")
-    channels: Positive = Field(3, description="of x: n_channels in pixels, 3 with VQ-f4, 4 with Stable Diffusion")
-    patch: Positive = Field(1, description="fold this many pixels a side into channels: smaller maps, less work")
+    channels: Features = Field(3, description="of x: n_channels in pixels, 3 with VQ-f4, 4 with Stable Diffusion")
+    patch: Window = Field(1, description="fold this many pixels a side into channels: smaller maps, less work")
     residual: bool = Field(True, description="its output is what is added to y; false where noise is predicted")
-    block_out_channels: list[Positive] = Field([64, 128, 256], description="features, level by level", min_length=1)
-    layers_per_block: Positive = Field(2, description="residual blocks of a level")
+    block_out_channels: list[Features] = Field(
+        [64, 128, 256], description="features, level by level", min_length=1, max_length=64
+    )
+    layers_per_block: Blocks = Field(2, description="residual blocks of a level")
     attention: list[bool] = Field([], description="self-attention in each level; [] = nowhere")
     mid_attention: bool = Field(True, description="self-attention at the bottom")
-    attention_head_dim: Positive = Field(32, description="features of an attention head")
-    norm_num_groups: Positive = Field(32, description="groups of the group norms; the features divide by it")
+    attention_head_dim: Features = Field(32, description="features of an attention head")
+    norm_num_groups: Features = Field(32, description="groups of the group norms; the features divide by it")
     use_checkpoint: bool = Field(False, description="recompute blocks in the backward pass: less memory, more time")
 
 
 class _StableDiffusionNetwork(DiffusionNetwork):
-    base: str = Field(
+    base: PathText = Field(
         description="Stable Diffusion 1 or 2, which stays as it is: a folder in diffusers' layout, or a hub's name"
     )
     base_precision: Literal["fp32", "bf16", "fp16"] = Field(
@@ -198,17 +238,19 @@ class StableSROptions(_StableDiffusionNetwork):
     net_type: Literal["stablesr"] = Field(
         "stablesr", description="StableSR, arXiv 2305.07015: Stable Diffusion guided by the latent of L"
     )
-    model_channels: Positive = Field(256, description="features of the structural encoder")
-    channel_mult: list[Positive] = Field([1, 1, 2, 2], description="in units of them, level by level", min_length=1)
-    num_heads: Positive = Field(4, description="heads of its attention")
+    model_channels: Features = Field(256, description="features of the structural encoder")
+    channel_mult: list[Blocks] = Field(
+        [1, 1, 2, 2], description="in units of them, level by level", min_length=1, max_length=64
+    )
+    num_heads: Features = Field(4, description="heads of its attention")
 
 
 class SDLoRAOptions(_StableDiffusionNetwork):
     net_type: Literal["sd_lora"] = Field(
         "sd_lora", description="Stable Diffusion in one step, by low-rank adaptation: OSEDiff, arXiv 2406.08177"
     )
-    rank: Positive = Field(4, description="of the update of each adapted layer")
-    alpha: Positive | None = Field(None, description="the update is weighted by alpha / rank; null = rank")
+    rank: Features = Field(4, description="of the update of each adapted layer")
+    alpha: Features | None = Field(None, description="the update is weighted by alpha / rank; null = rank")
     target_modules: list[str] = Field(
         [
             *("to_k", "to_q", "to_v", "to_out.0", "conv", "conv1", "conv2", "conv_in", "conv_shortcut", "conv_out"),
@@ -216,6 +258,7 @@ class SDLoRAOptions(_StableDiffusionNetwork):
         ],
         description="the layers of the U-Net that are adapted, by the ends of their names; the default is OSEDiff's",
         min_length=1,
+        max_length=64,
     )
 
 
@@ -223,31 +266,33 @@ class ResShiftUNetOptions(DiffusionNetwork):
     net_type: Literal["resshift_unet_swin"] = Field(
         "resshift_unet_swin", description="ResShift's U-Net with Swin layers; the defaults are the published network"
     )
-    image_size: Positive = Field(64, description="side of x in training; testing takes any")
-    in_channels: Positive = Field(3, description="of x: 3 in pixels and with VQ-f4")
-    model_channels: Positive = Field(160, description="features of the first level; divide by 32")
-    out_channels: Positive = Field(3, description="as in_channels")
-    attention_resolutions: list[Positive] = Field(
+    image_size: Pixels = Field(64, description="side of x in training; testing takes any")
+    in_channels: Features = Field(3, description="of x: 3 in pixels and with VQ-f4")
+    model_channels: Features = Field(160, description="features of the first level; divide by 32")
+    out_channels: Features = Field(3, description="as in_channels")
+    attention_resolutions: list[Pixels] = Field(
         [64, 32, 16, 8], description="sides of the levels that have a Swin layer, counted from image_size"
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="chance to drop a feature in training")
-    channel_mult: list[Positive] = Field(
-        [1, 2, 2, 4], description="features of each level, in model_channels", min_length=1
+    channel_mult: list[Blocks] = Field(
+        [1, 2, 2, 4], description="features of each level, in model_channels", min_length=1, max_length=64
     )
-    num_res_blocks: list[Positive] = Field([2, 2, 2, 2], description="residual blocks of each level", min_length=1)
+    num_res_blocks: list[Blocks] = Field(
+        [2, 2, 2, 2], description="residual blocks of each level", min_length=1, max_length=64
+    )
     conv_resample: Literal[True] = Field(True, description="as published; no other is built")
     dims: Literal[2] = Field(2, description="as published; no other is built")
     use_fp16: Literal[False] = Field(False, description="as published; see train.precision")
-    num_head_channels: Positive = Field(32, description="features of an attention head")
+    num_head_channels: Features = Field(32, description="features of an attention head")
     use_scale_shift_norm: bool = Field(True, description="the time scales and shifts features; false = it is added")
     resblock_updown: Literal[False] = Field(False, description="as published; no other is built")
-    swin_depth: Positive = Field(2, description="blocks of a Swin layer")
-    swin_embed_dim: Positive = Field(192, description="features of the Swin layers; divide by 32")
-    window_size: Positive = Field(8, description="side of the attention windows")
-    mlp_ratio: Rate = Field(4.0, description="widening in the perceptrons")
+    swin_depth: Blocks = Field(2, description="blocks of a Swin layer")
+    swin_embed_dim: Features = Field(192, description="features of the Swin layers; divide by 32")
+    window_size: Window = Field(8, description="side of the attention windows")
+    mlp_ratio: Annotated[float, Field(gt=0, le=64)] = Field(4.0, description="widening in the perceptrons")
     patch_norm: Literal[False] = Field(False, description="as published; no other is built")
     cond_lq: bool = Field(True, description="look at L")
-    lq_size: Positive = Field(64, description="side of L in training, beside image_size; 1, 2, 4, ... times that")
+    lq_size: Pixels = Field(64, description="side of L in training, beside image_size; 1, 2, 4, ... times that")
     mask_quirk: bool = Field(
         True, description="the published masks of shifted windows, which published weights need; false = Swin's"
     )
@@ -283,8 +328,8 @@ NetG = Annotated[
 
 
 class _Discriminator(_Network):
-    in_nc: Positive | None = Field(None, description="input channels; null = n_channels")
-    base_nc: Positive = Field(64, description="features of the first layer")
+    in_nc: Features | None = Field(None, description="input channels; null = n_channels")
+    base_nc: Features = Field(64, description="features of the first layer")
 
 
 class UNetDiscriminatorOptions(_Discriminator):
@@ -298,7 +343,7 @@ class UNetDiscriminatorOptions(_Discriminator):
 
 class PatchGANOptions(_Discriminator):
     net_type: Literal["discriminator_patchgan"] = Field("discriminator_patchgan", description="PatchGAN of pix2pix")
-    n_layers: Positive = Field(3, description="strided layers")
+    n_layers: Blocks = Field(3, description="strided layers")
     norm_type: Literal["spectral", "batch", "instance", "batchspectral", "instancespectral"] = Field(
         "spectral", description="normalisation"
     )
@@ -338,8 +383,8 @@ NetD = Annotated[
 
 class RankerOptions(_Network):
     net_type: Literal["ranker_vgg12"] = Field("ranker_vgg12", description="RankSRGAN's ranker")
-    in_nc: Positive | None = Field(None, description="input channels; null = n_channels")
-    base_nc: Positive = Field(64, description="features of the first layer")
+    in_nc: Features | None = Field(None, description="input channels; null = n_channels")
+    base_nc: Features = Field(64, description="features of the first layer")
 
 
 # -------------------------------------------------------------------------------------------------------- diffusion
@@ -350,12 +395,12 @@ class _Diffusion(Section):
         "none", description="take E's colours from the enlarged L: its mean and deviation, or its low frequencies"
     )
     sample_steps: Positive | None = Field(None, description="steps of sampling, in validation and tests; null = all")
-    seed: Count = Field(0, description="of the noise in sampling, the same for every image")
+    seed: Seed = Field(0, description="of the noise in sampling, the same for every image")
 
 
 class ResShiftOptions(_Diffusion):
     type: Literal["resshift"] = Field("resshift", description="residual shifting, arXiv 2307.12348; predicts x0")
-    steps: Annotated[int, BeforeValidator(_integral), Field(ge=2)] = Field(15, description="T")
+    steps: Annotated[int, BeforeValidator(_integral), Field(ge=2, le=100000)] = Field(15, description="T")
     min_noise_level: Rate = Field(0.04, description="m: sqrt(eta_1) = min(m / kappa, m)")
     kappa: Rate = Field(2.0, description="strength of the noise against the residual")
     etas_end: Annotated[float, Field(gt=0, le=1)] = Field(0.99, description="sqrt(eta_T)")
@@ -364,7 +409,7 @@ class ResShiftOptions(_Diffusion):
 
 class DDPMOptions(_Diffusion):
     type: Literal["ddpm"] = Field("ddpm", description="Stable Diffusion's process; predicts the noise")
-    steps: Positive = Field(1000, description="T")
+    steps: Annotated[int, BeforeValidator(_integral), Field(ge=1, le=100000)] = Field(1000, description="T")
     beta_start: Annotated[float, Field(gt=0, lt=1)] = Field(0.00085, description="first beta")
     beta_end: Annotated[float, Field(gt=0, lt=1)] = Field(0.012, description="last beta; the roots are spread evenly")
 
@@ -381,7 +426,7 @@ class AutoencoderOptions(Section):
     type: Literal["pixel", "vq", "kl"] = Field(
         "pixel", description="where diffusion happens: pixels, VQ-f4's latent (ResShift) or Stable Diffusion's"
     )
-    path: str | None = Field(None, description="vq, kl: the trained autoencoder, a file, a folder or a hub's name")
+    path: PathText | None = Field(None, description="vq, kl: the trained autoencoder, a file, a folder or a hub's name")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="what its weights are kept and computed in")
     use_checkpoint: bool = Field(
         False, description="recompute its decoder's blocks in the backward pass: less memory for SSL, more time"
@@ -391,25 +436,29 @@ class AutoencoderOptions(Section):
 # ------------------------------------------------------------------------------------------------ data, paths, train
 
 
+DatasetType = Literal["sr", "blindsr", "plain", "multiLR_oneGT", "srmask", "blindsrmask", "plainmask", "l", "rank"]
+
+
 class DatasetOptions(Section):
     """One data set. ``phase``, ``scale``, ``n_channels`` and ``seed`` are filled in from the top of the file."""
 
     name: str = Field("", description='a name for logs and tables; "" = the section\'s name')
-    dataset_type: Literal["sr", "blindsr", "plain", "srmask", "blindsrmask", "plainmask", "l", "rank"] = Field(
+    dataset_type: DatasetType = Field(
         "sr",
         description="sr: L from dataroot_L or by MATLAB bicubic; blindsr: L by degradation_type; plain: pairs; "
+        "multiLR_oneGT: each L, named H's name + ..., with its H; "
         "...mask: with edge masks from dataroot_H_mask; l: low-quality images without ground truth; "
         "rank: results of the same scenes, by dataroot_ranked or rank_csv",
     )
-    dataroot_H: str | list[str] | None = Field(None, description="folder(s) of ground-truth images, read recursively")
-    dataroot_L: str | list[str] | None = Field(None, description="folder(s) of low-quality images, paired by name")
-    dataroot_H_mask: str | list[str] | None = Field(
+    dataroot_H: Paths | None = Field(None, description="folder(s) of ground-truth images, read recursively")
+    dataroot_L: Paths | None = Field(None, description="folder(s) of low-quality images, paired by name")
+    dataroot_H_mask: Paths | None = Field(
         None, description="folder(s) of edge masks (.mat or .png) of the H images; null = made on line from H"
     )
-    dataroot_ranked: list[str] | None = Field(
+    dataroot_ranked: list[PathText] | None = Field(
         None, description="rank: folders of results of the same scenes, paired by name, the best folder first"
     )
-    rank_csv: str | None = Field(
+    rank_csv: PathText | None = Field(
         None,
         description="rank: instead, results.csv of main_test.py or a table like it (image, model, perhaps set, metric) "
         "beside the images, model/set/image.png: each image has its own order then",
@@ -418,8 +467,8 @@ class DatasetOptions(Section):
     rank_higher_better: bool | None = Field(
         None, description="rank_csv: whether more of rank_metric is better; null = it is one that main_test.py knows"
     )
-    H_size: Positive = Field(96, description="side of a training patch of H in pixels")
-    lq_patchsize: Positive | None = Field(
+    H_size: Pixels = Field(96, description="side of a training patch of H in pixels")
+    lq_patchsize: Pixels | None = Field(
         None, description="side of the L patch kept after a blind degradation; null = H_size / scale"
     )
     degradation_type: Literal[
@@ -441,15 +490,16 @@ class DatasetOptions(Section):
         "cpu",
         description="blindsr in training: cpu = the reading processes degrade; gpu = the training device, batch-wise",
     )
-    shuffle_prob: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.1, description="bsrgan_plus: how often all steps change places; the others of bsrgan always shuffle"
+    shuffle_prob: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None,
+        description="bsrgan_plus: how often all steps change places, null = 0.1; the others of bsrgan always shuffle",
     )
     camera_prob: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0,
         description="bsrgan...: how often a simulated camera (mosaic, sensor noise, development) takes the image "
         "again. KAIR asks for 0.25 but brings no camera, which is 0",
     )
-    pair_pool: Count = Field(
+    pair_pool: Annotated[int, BeforeValidator(_integral), Field(ge=0, le=65536)] = Field(
         0,
         description="degradation_device gpu: keep this many pairs and give out old ones for new, at random; "
         "Real-ESRGAN: 180, for its batches shared their draws. Not in checkpoints: resumed runs differ. 0 = off",
@@ -464,29 +514,31 @@ class DatasetOptions(Section):
     )
     dataloader_shuffle: bool = Field(True, description="random order; false = the order of the names")
     dataloader_num_workers: Count = Field(2, description="reading processes on each GPU; 0 = read in the main process")
-    dataloader_batch_size: Positive = Field(4, description="patches per step over all GPUs together")
+    dataloader_batch_size: Annotated[int, BeforeValidator(_integral), Field(ge=1, le=65536)] = Field(
+        4, description="patches per step over all GPUs together"
+    )
     phase: Literal["train", "test"] = Field("train", description="filled in")
     scale: Positive = Field(4, description="filled in")
     n_channels: Positive = Field(3, description="filled in")
-    seed: Count = Field(0, description="filled in")
+    seed: Seed = Field(0, description="filled in")
 
 
 class PathOptions(Section):
-    root: str = Field("experiments", description="a run lives in root/task/{models,images,options}")
-    pretrained_netG: str | None = Field(None, description="start the generator from this checkpoint")
-    pretrained_netD: str | None = Field(None, description="start the discriminator from this checkpoint")
-    pretrained_netE: str | None = Field(None, description="start the EMA generator from this; null = a copy of G")
-    pretrained_netR: str | None = Field(
+    root: PathText = Field("experiments", description="a run lives in root/task/{models,images,options}")
+    pretrained_netG: PathText | None = Field(None, description="start the generator from this checkpoint")
+    pretrained_netD: PathText | None = Field(None, description="start the discriminator from this checkpoint")
+    pretrained_netE: PathText | None = Field(None, description="start the EMA generator from this; null = a copy of G")
+    pretrained_netR: PathText | None = Field(
         None, description="the trained ranker, for train.rank_weight > 0; model ranker: start from this checkpoint"
     )
-    pretrained_netF: str | None = Field(
+    pretrained_netF: PathText | None = Field(
         None, description="VGG19 weights of the perceptual loss; null = torch's own cache (downloaded if it can be)"
     )
 
 
 class TrainOptions(Section):
     iterations: Positive | None = Field(None, description="stop after this step; null = until interrupted, as KAIR")
-    manual_seed: Count | None = Field(None, description="null = drawn at random and written to the log")
+    manual_seed: Seed | None = Field(None, description="null = drawn at random and written to the log")
 
     dm_weight: Weight = Field(
         1.0, description="dm: weight of the squared error of what the network predicts (x0 or noise); 0 = off"
@@ -532,12 +584,12 @@ class TrainOptions(Section):
     search_border: Literal["zero", "image"] = Field(
         "zero", description="what a window that leaves the search area compares with: zero as published, or the image"
     )
-    kernel_size_search: Positive = Field(25, description="side of the search area, odd")
-    kernel_size_window: Positive = Field(9, description="side of the compared windows, odd")
+    kernel_size_search: Pixels = Field(25, description="side of the search area, odd")
+    kernel_size_window: Pixels = Field(9, description="side of the compared windows, odd")
     sigma: Rate = Field(0.004, description="scaling factor h of the paper")
     generalization: bool = Field(True, description="divide each pixel's graph by its sum")
     mask_stride: Count = Field(0, description="keep 1 edge pixel in this many (a tiled identity); 0 or 1 = all")
-    mask_threshold: Annotated[float, Field(ge=0)] = Field(20.0, description="Laplacian threshold of the edge mask")
+    mask_threshold: Weight = Field(20.0, description="Laplacian threshold of the edge mask")
 
     gradient_weight: Weight = Field(0.0, description="SPSR: squared distance of the images' gradient maps; 0 = off")
     branch_weight: Weight = Field(
@@ -618,7 +670,7 @@ class TestOptions(Section):
     tile: Count = Field(0, description="restore in tiles of this many L pixels; 0 = whole images")
     tile_overlap: Count = Field(32, description="overlap of neighbouring tiles in L pixels")
     param_key: str | None = Field(None, description="which weights of the file; null = params_ema, params or the file")
-    output: str | None = Field(None, description="folder for results; null = root/task/results")
+    output: PathText | None = Field(None, description="folder for results; null = root/task/results")
     images: Count = Field(4, description="validation: how many images go into the grid; 0 = none")
     metrics: list[MetricName] = Field(["default"], description="what main_test.py measures: metrics or groups of them")
     report_images: Count = Field(30, description="main_test.py: how many images go into report.html; 0 = no such file")
@@ -627,11 +679,9 @@ class TestOptions(Section):
 class Options(Section):
     """All options of a run, resolved and checked."""
 
-    task: str = Field(
-        description="the run's name; its folder is root/task",
-        pattern=r"^[^/\\\s.\x00-\x1f][^/\\\x00-\x1f]*$",
-        max_length=200,
-    )
+    task: Annotated[
+        str, Field(pattern=r"^[^/\\\s.\x00-\x1f][^/\\\x00-\x1f]*$", max_length=200), AfterValidator(_plain_path)
+    ] = Field(description="the run's name; its folder is root/task")
     model: Literal["plain", "gan", "spsr", "dm", "ranker"] = Field(
         "plain",
         description="plain = pixel losses, gan = adversarial, spsr = with a netD on gradient maps too, dm = diffusion, "
@@ -684,21 +734,79 @@ class NetworkOptions(Section):
 
 # Keys of KAIR's files that mean nothing here, by section. They are named once, never silently dropped.
 _UNUSED_TOP = {"dist", "merge_bn", "merge_bn_startpoint", "find_unused_parameters", "use_static_graph", "opt_path"}
-_UNUSED_TOP |= {"rank", "world_size", "num_gpu", "$schema"}
+_UNUSED_TOP |= {"rank", "world_size", "num_gpu", "sigma", "sigma_test", "is_color", "val", "$schema"}
 _UNUSED_PATH = {"task", "log", "models", "images", "options", "pretrained_optimizerG", "pretrained_optimizerD"}
 _UNUSED_DATASET = {"sigma", "sigma_test", "sigma_min", "sigma_max", "num_patches_per_image", "num_sampled"}
 _UNUSED_DATASET |= {"quality_factor", "quality_factor_test", "is_color", "n_channels_datasetload"}
+_UNUSED_DATASET |= {"use_flip", "use_hflip", "use_rot", "cache_data", "io_backend", "meta_info_file", "test_mode"}
 _UNUSED_TRAIN = {f"{net}_regularizer_{kind}step" for net in "GD" for kind in ("orth", "clip")}
-_UNUSED_TRAIN |= {f"{net}_optimizer_reuse" for net in "GD"}
+_UNUSED_TRAIN |= {f"{net}_optimizer_reuse" for net in "GD"} | {"fix_iter", "fix_lr_mul", "fix_keys"}
+_UNUSED_TRAIN |= {f"G_scheduler_{what}" for what in ("periods", "restart_weights")}
 _UNUSED_NETWORK = {"ng", "reduction", "bias", "r", "n_layers", "norm_type", "nf", "nc", "nb", "gc", "act_mode"}
 _UNUSED_NETWORK |= {"upsample_mode", "downsample_mode", "upscale", "act_type", "use_checkpoint", "scale", "n_channels"}
+_UNUSED_NETWORK |= {"in_nc", "out_nc", "in_chans", "colors", "rgb_mean"}
 _UNUSED_NETWORK |= {"init_type", "init_bn_type", "init_gain"}  # of a network that is never initialised
 
-_RENAMED_TRAIN = {"SSL_loss_weight": "ssl_l1_weight", "SSL1_loss_weight": "ssl_kl_weight"}
+_RENAMED_TRAIN = {"total_iter": "iterations"}
+_RENAMED_SSL = {"SSL_loss_weight": "ssl_l1_weight", "SSL1_loss_weight": "ssl_kl_weight"}
+
+# KAIR reads the names of data sets in any case, and these too.
+_DATASET_ALIASES = {"super-resolution": "sr", "bsrnet": "blindsr", "bsrgan": "blindsr", "plainpatch": "plain"}
+_DATASET_ALIASES |= {"low-quality": "l", "input-only": "l"} | {name.lower(): name for name in get_args(DatasetType)}
+
+_FROM_THE_TOP = dict.fromkeys(("in_nc", "out_nc", "in_chans", "colors", "n_channels"), "n_channels")
+_FROM_THE_TOP |= dict.fromkeys(("upscale", "scale"), "scale")
+
+# What KAIR and its relatives do besides, by the names in their files: of networks, data sets, models and folders.
+_OTHER_TASKS = {
+    "image denoising": "dncnn dncnn3 fdncnn ffdnet ircnn drunet scunet dnpatch denoising denoising-patch "
+    "denoising-noiselevel denoising-noiselevelmap denoise",
+    "the removal of JPEG artifacts": "jpeg fbcnn dejpeg car",
+    "the restoration of videos": "vrt rvrt basicvsr edvr videosr",
+    "super-resolution of a blur and a noise that are known": "srmd dpsr dnsr usrnet usrgan",
+    "super-resolution with the network IMDN": "imdn",
+    "the restoration of faces": "face gpen gfpgan codeformer dfdnet",
+    "a degradation that is told to the network": "plain2 plain4",
+    "deblurring": "deblur deblurring deblurgan",
+    "the removal of rain": "derain deraining",
+    "inpainting": "inpaint inpainting",
+}
+
+
+def _task_of(name: Any) -> str | None:
+    """The other task that the name of a network, data set, model or folder stands for."""
+    lower = str(name).lower()
+    if lower.startswith("video"):
+        lower = "videosr"
+    return next((task for task, names in _OTHER_TASKS.items() if lower in names.split()), None)
+
+
+def _refuse_other_tasks(raw: dict[str, Any], source: str) -> None:
+    """One line for a file that is not for super-resolution as it is done here, in place of a list of its keys."""
+
+    def at(section: Any, key: str) -> Any:
+        return section.get(key) if isinstance(section, dict) else None
+
+    net_type, datasets = at(raw.get("netG"), "net_type"), raw.get("datasets")
+    told = {"netG.net_type": net_type}
+    for name, data in datasets.items() if isinstance(datasets, dict) else ():
+        told[f"datasets.{name}.dataset_type"] = at(data, "dataset_type")
+    told["model"] = raw.get("model")
+    if isinstance(net_type, str) and net_type not in _network_classes(NetG):
+        # Runs may be called as one likes, but beside a network that is not known here these names tell what it is.
+        told["path.root"] = at(raw.get("path"), "root")
+        told["task"] = next((w for w in re.split(r"[\W_\d]+", str(raw.get("task"))) if _task_of(w)), None)
+    for key, name in told.items():
+        if isinstance(name, str) and (task := _task_of(name)):
+            raise UserError(
+                f"{source}: {key}: {name!r} stands for {task}, which this program does not do: it trains and tests "
+                f"super-resolution with the networks and data sets of options/schema.json"
+            )
 
 
 def _translate(raw: dict[str, Any], source: str) -> list[str]:
     """Rewrite KAIR's and the original SSL's spellings in ``raw`` into ours; return the keys that mean nothing here."""
+    _refuse_other_tasks(raw, source)
     unused: list[str] = []
 
     def drop(section: Any, prefix: str, names: Iterable[str], known: Iterable[str] = ()) -> None:
@@ -708,35 +816,41 @@ def _translate(raw: dict[str, Any], source: str) -> list[str]:
                 if name != "$schema":
                     unused.append(prefix + name)
 
-    train = raw.get("train")
+    train, datasets = raw.get("train"), raw.get("datasets")
+    sets: dict[str, Any] = datasets if isinstance(datasets, dict) else {}
     if raw.get("model") == "SSL":  # the KAIR fork of the original SSL code
         raw["model"] = "gan"
         if isinstance(train, dict) and train.get("ssl_mode") in ("pytorch", "cuda"):
             # There the two are one loss by two routes; here the fastest that works on this machine gives it.
             train["ssl_mode"] = "auto"
-        for data in raw["datasets"].values() if isinstance(raw.get("datasets"), dict) else ():
+        for data in sets.values():
             # Its "bsrgan" is KAIR's pipeline with milder figures (recipes of the paper).
             if isinstance(data, dict) and data.get("degradation_type") == "bsrgan":
                 data["degradation_type"] = "bsrgan_light"
     if isinstance(train, dict):
-        renamed = dict(_RENAMED_TRAIN)
+        renamed = dict(_RENAMED_SSL)
         # SSL_loss_type says which of the two terms SSL_loss_weight belongs to; both are always there.
         first = train.pop("SSL_loss_type", None)
         train.pop("SSL1_loss_type", None)
         if "kl" in str(first).lower():
             renamed = dict(zip(renamed, reversed(renamed.values()), strict=True))
-        for theirs, ours in renamed.items():
+        for theirs, ours in (_RENAMED_TRAIN | renamed).items():
             if theirs in train:
                 if ours in train:
                     raise UserError(f"{source}: train.{theirs} and train.{ours} are one option: give one of them")
                 train[ours] = train.pop(theirs)
         drop(train, "train.", _UNUSED_TRAIN)
+    unused += _translate_testing(raw, source)
     drop(raw, "", _UNUSED_TOP)
     drop(raw.get("path"), "path.", _UNUSED_PATH)
-    for name, data in list(raw["datasets"].items()) if isinstance(raw.get("datasets"), dict) else ():
+    for name, data in list(sets.items()):
         if data is None:
-            del raw["datasets"][name]  # datasets.test=null on the command line: without this set
-        drop(data, f"datasets.{name}.", _UNUSED_DATASET)
+            del sets[name]  # datasets.test=null on the command line: without this set
+        elif isinstance(data, dict):
+            drop(data, f"datasets.{name}.", _UNUSED_DATASET)
+            given = data.get("dataset_type")
+            if isinstance(given, str):
+                data["dataset_type"] = _DATASET_ALIASES.get(given.lower(), given)
     for side, union in (("netG", NetG), ("netD", NetD)):
         network = raw.get(side)
         if not isinstance(network, dict):
@@ -747,8 +861,36 @@ def _translate(raw: dict[str, Any], source: str) -> list[str]:
         elif "nc" in fields and "nf" not in fields and "nf" in network and "nc" not in network:
             network["nc"] = network.pop("nf")
         if fields:
+            for name, key in _FROM_THE_TOP.items():
+                value = raw.get(key, NetworkOptions.model_fields[key].default)
+                if name in network and name not in fields and network[name] != value:
+                    raise UserError(f"{source}: {side}.{name}: {network[name]} contradicts {key} {value}; remove it")
             drop(network, f"{side}.", _UNUSED_NETWORK, fields)
     return unused
+
+
+def _translate_testing(raw: dict[str, Any], source: str) -> list[str]:
+    """The original SSL's keys of validation into section ``test``; -> those that mean nothing."""
+    given = {key: raw.pop(key) for key in ("tile_process", "tile_size", "tile_pad", "save_test_image") if key in raw}
+    for key, value in given.items():
+        number = key in ("tile_size", "tile_pad")
+        if isinstance(value, bool) == number or not isinstance(value, int) or value < 0:
+            wanted = "a whole number of pixels" if number else "true or false"
+            raise UserError(f"{source}: {key}: must be {wanted}, not {json.dumps(value)}")
+    test = raw.setdefault("test", {}) if given else raw.get("test")
+    if not isinstance(test, dict):
+        return []
+    if given.pop("save_test_image", True) is False:
+        test.setdefault("images", 0)
+    size, pad = given.get("tile_size", 0), given.get("tile_pad", 0)
+    if not given.get("tile_process", size > 0):
+        return [key for key in given if key != "tile_process"]
+    if "tile" in test or not size:
+        return list(given)
+    # There a tile is what is kept of it and reads tile_pad pixels more on each side; here it is what goes through the
+    # network at once, and half the overlap lies on each side.
+    test.update(tile=size + 2 * pad, tile_overlap=test.get("tile_overlap", 2 * pad))
+    return []
 
 
 # Sections of which one key says what the others are.
@@ -776,6 +918,49 @@ def strip_comments(text: str) -> str:
     return _STRING_OR_COMMENT.sub(lambda m: m[0] if m[0][0] == '"' else " " * len(m[0]), text)
 
 
+_WORDS = {"none": "null", "null": "null", "nil": "null", "undefined": "null"}
+_WORDS |= {"true": "true", "yes": "true", "on": "true", "false": "false", "no": "false", "off": "false"}
+_QUOTES = "'`\u2018\u2019\u201a\u201c\u201d\u201e\u00ab\u00bb"
+
+
+def _remedy(text: str, error: json.JSONDecodeError) -> str:
+    """What to do about a slip of JSON, by what stands where it was found."""
+    before, after = text[: error.pos].rstrip(), text[error.pos :].lstrip(" \t\r\n")
+    line = text.splitlines()[error.lineno - 1] if before or after else ""
+    word = re.match(r"[-+]?(\w+)", after)
+    if re.search(r"(?<!\\)(\\\\)*\\([^\\/\"]|\"\s*([,}\]]|//|$))", line):
+        return r"a backslash begins an escape: write \\ or / in paths"
+    if not after:
+        return "the file ends before it is complete: check brackets and quotes"
+    if after.startswith(("/*", "*/", "#", "--", ";", "<!--")):
+        return f"{after[:2].strip()} is no comment here: begin each line of a comment with //"
+    if after[0] in _QUOTES:
+        return 'check commas and quotes: texts and keys stand in double quotes, "..."'
+    if not after[0].isprintable() or (after[0].isspace() or after[0] == "\ufeff"):
+        return f"the character U+{ord(after[0]):04X} cannot be seen: remove it"
+    if error.msg.startswith("Illegal trailing comma") or (before.endswith(",") and after[0] in "}]"):
+        return "remove the comma before the bracket"
+    if after[0] == ",":
+        return "remove one comma"
+    if error.msg.startswith(("Unterminated string", "Invalid control character")):
+        return "a text ends on its line, without tabs in it: check its quotes"
+    if error.msg.startswith("Extra data"):
+        return "a file is one {...}: check brackets, remove what follows"
+    if error.msg.startswith("Expecting ':' delimiter"):
+        return "put a colon before it; check quotes"
+    if re.search(r"[\d.]$", before) or re.match(r"[-+]?[.\d]|[-+][^\w]", after):
+        return "write numbers as 4, 0.5 or 1e-4, and a comma after them"
+    if word and word[1].lower() in _WORDS:
+        return f"write {_WORDS[word[1].lower()]}"
+    if word and word[1].lower() in ("inf", "infinity", "nan"):
+        return "write a finite number"
+    if word:
+        return "check commas and quotes: texts and keys stand in double quotes"
+    if error.msg.startswith("Expecting ',' delimiter"):
+        return "put a comma before it; check quotes"
+    return "check commas and quotes"
+
+
 def _read(path: Path) -> dict[str, Any]:
     check_regular(path)
     try:
@@ -784,8 +969,14 @@ def _read(path: Path) -> dict[str, Any]:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.json")], 1)
         hint = f"did you mean {path.parent / near[0]}?" if near else "give an option file with --opt"
         raise UserError(f"{path}: there is no such option file; {hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        text, reason = "\0", f"{error.reason} at byte {error.start}"
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a text file ({error})") from None
+    else:
+        reason = "it holds zero bytes"
+    if "\0" in text:  # UTF-16 is full of them, with a mark at its begin or without
+        raise UserError(f"{path}: cannot be read as a text file ({reason}); if it is one, save as UTF-8, not as UTF-16")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -798,9 +989,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(strip_comments(text), object_pairs_hook=unique)
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}: line {error.lineno}, column {error.colno}: {error.msg}; check commas and quotes"
-        ) from None
+        remedy = _remedy(text, error)
+        raise UserError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}; {remedy}") from None
     except RecursionError:
         raise UserError(f"{path}: nested too deeply for an option file") from None
     except ValueError as error:  # a number of thousands of digits
@@ -866,6 +1056,8 @@ def _explain(error: Any) -> str:
         p for p in shown if not re.match(r"(int|float|str|list|constrained|function|literal)[\[(-]|^(int|str)$", p)
     ]
     key, kind, given = ".".join(shown), error["type"], error.get("input")
+    if kind == "value_error":
+        return f"{key}: {error['ctx']['error']}"
     if kind == "extra_forbidden":
         return f"{key}: unknown key; {_nearest(location[-1], _fields_at(location[:-1]))}"
     if kind == "missing":
@@ -906,9 +1098,6 @@ def _validate(cls: type[Any], raw: dict[str, Any], source: str) -> Any:
 
 
 # -------------------------------------------------------------------------------------------------------- resolving
-
-
-_FROM_THE_TOP = dict.fromkeys(("in_nc", "out_nc", "in_chans", "colors"), "n_channels") | {"upscale": "scale"}
 
 
 def _with_top(network: Any, top: Any, side: str, source: str) -> Any:
@@ -966,6 +1155,114 @@ def _filled_in(name: str, data: DatasetOptions, opt: Options, source: str) -> Da
     return data.model_copy(update={**known, "name": data.name or name})
 
 
+def is_read(opt: Options) -> dict[str, dict[str, bool]]:
+    """Of a training run: section -> option -> whether anything looks at it; of those that not every run looks at.
+
+    train.checkpoint_test is not among them: the recipes say it for the test set that their user may add.
+    """
+    train = opt.train
+    ranker, gan, dm = opt.model == "ranker", opt.model in ("gan", "spsr"), opt.model == "dm"
+    sr, trains_D = not ranker, gan and train.D_lossfn_weight + train.gradient_D_lossfn_weight > 0
+    with_ssl = sr and (train.ssl_l1_weight > 0 or train.ssl_kl_weight > 0)
+    with_F = sr and train.F_lossfn_weight > 0
+    with_R = ranker or train.rank_weight > 0
+    data = opt.train_set
+    masks_from_files = data is not None and data.dataset_type.endswith("mask") and data.dataroot_H_mask is not None
+
+    sections = {
+        "": {"netG": sr, "netD": gan, "netR": with_R, "autoencoder": dm, "test": sr},
+        "path": {
+            "pretrained_netG": sr,
+            "pretrained_netD": gan,
+            "pretrained_netE": sr and train.E_decay > 0,
+            "pretrained_netR": with_R,
+            "pretrained_netF": with_F,
+        },
+        "test": {"tile_overlap": opt.test.tile > 0},
+        "autoencoder": dict.fromkeys(("precision", "use_checkpoint"), opt.autoencoder.type != "pixel"),
+    }
+    for side in ("netG", "netD", "netR"):
+        network = opt[side]
+        if isinstance(network, _Network):
+            sections[side] = dict.fromkeys(("init_bn_type", "init_gain"), network.init_type != "default")
+        if isinstance(network, ELANOptions):
+            sections[side]["rgb_mean"] = opt.n_channels == 3
+        if isinstance(network, UNet2DOptions):
+            sections[side]["attention_head_dim"] = network.mid_attention or any(network.attention)
+        if isinstance(network, ResShiftUNetOptions):
+            sections[side]["lq_size"] = network.cond_lq
+    for name, one in opt.datasets.items():
+        sections[f"datasets.{name}"] = _is_read_of(one)
+    sides = {"G": sr, "D": trains_D, "R": ranker}
+    sections["train"] = {
+        **dict.fromkeys(("G_lossfn_weight", "F_lossfn_weight", "lpips_weight", "ssl_l1_weight", "ssl_kl_weight"), sr),
+        **dict.fromkeys(("gradient_weight", "branch_weight", "rank_weight", "ldl_weight", "E_decay"), sr),
+        **dict.fromkeys(("best_buddy_weight", "back_projection_weight"), sr),
+        **dict.fromkeys(("G_lossfn_type", "l1_gt_usm"), sr and train.G_lossfn_weight > 0),
+        "G_charbonnier_eps": sr and train.G_lossfn_weight > 0 and train.G_lossfn_type == "charbonnier",
+        "percep_gt_usm": with_F,
+        **{name: with_F for name in TrainOptions.model_fields if name.startswith("F_") and name != "F_lossfn_weight"},
+        **dict.fromkeys(("D_lossfn_weight", "gradient_D_lossfn_weight", "D_init_iters", "D_update_ratio"), gan),
+        "gan_type": trains_D,
+        "region_aware": gan and train.D_lossfn_weight > 0,
+        **dict.fromkeys(("ssl_mode", "search_border", "kernel_size_search", "kernel_size_window"), with_ssl),
+        **dict.fromkeys(("sigma", "generalization", "mask_stride"), with_ssl),
+        "mask_threshold": with_ssl and not masks_from_files,
+        "rank_published": sr and train.rank_weight > 0,
+        "dm_weight": dm,
+        **{
+            f"{side}_{name}": used
+            for side, used in sides.items()
+            for name in ("optimizer_type", "optimizer_lr", "optimizer_betas", "optimizer_wd", "optimizer_clipgrad")
+        },
+        **dict.fromkeys(("G_scheduler_type", "G_scheduler_warmup"), sr),
+        "G_scheduler_eta_min": sr and train.G_scheduler_type == "CosineAnnealingLR",
+        "G_scheduler_milestones": sr and train.G_scheduler_type == "MultiStepLR",
+        "D_scheduler_milestones": trains_D,
+        "R_scheduler_milestones": ranker,
+    }
+    for side in sides:
+        milestones = f"{side}_scheduler_milestones"
+        sections["train"][f"{side}_scheduler_gamma"] = sections["train"][milestones] and bool(train[milestones])
+    for side in "GDE":
+        pretrained = f"pretrained_net{side}"
+        sections["train"][f"{side}_param_strict"] = sections["path"][pretrained] and bool(opt.path[pretrained])
+    return sections
+
+
+def _is_read_of(data: DatasetOptions) -> dict[str, bool]:
+    """As :func:`is_read`, of one data set."""
+    kind, training = data.dataset_type.removesuffix("mask"), data.phase == "train"
+    blind, rank, masked = kind == "blindsr", kind == "rank", kind != data.dataset_type
+    return {
+        "dataroot_H": kind not in ("l", "rank"),
+        "dataroot_L": not (blind or rank),
+        "dataroot_H_mask": masked,
+        "mask_augment": masked and training,
+        **dict.fromkeys(("dataroot_ranked", "rank_csv"), rank),
+        **dict.fromkeys(("rank_metric", "rank_higher_better"), rank and data.rank_csv is not None),
+        **dict.fromkeys(("H_size", "dataloader_shuffle", "dataloader_num_workers", "dataloader_batch_size"), training),
+        **dict.fromkeys(("lq_patchsize", "degradation_device", "pair_pool"), blind and training),
+        **dict.fromkeys(("degradation_type", "use_sharp"), blind),
+        "shuffle_prob": blind and data.degradation_type == "bsrgan_plus",
+        "camera_prob": blind and data.degradation_type.startswith("bsrgan") and data.n_channels == 3,
+    }
+
+
+def _unread(opt: Options) -> Iterator[str]:
+    """What differs from its default although nothing looks at it in this training run."""
+    read = is_read(opt)
+    for place, fields in read.items():
+        section: Any = opt
+        for part in place.split(".") if place else ():
+            section = section[part]
+        if place and not read[""].get(place, True):
+            continue  # the whole section is named
+        for name, used in fields.items():
+            if not used and section[name] != type(section).model_fields[name].default:
+                yield f"{place}.{name}" if place else name
+
+
 def patch_size(data: DatasetOptions) -> int:
     """Side of the H patch that reaches the losses, in pixels."""
     if data.lq_patchsize and data.dataset_type.startswith("blindsr"):
@@ -1008,7 +1305,7 @@ def _problems(opt: Options) -> Iterator[str]:
             yield f"{key}.dataset_type: l has no ground truth to train on; use sr, blindsr or plain"
         if d.dataset_type == "l" and d.dataroot_L is None:
             yield f"{key}.dataroot_L: is required for dataset_type l: the folder of the images to restore"
-        if d.dataset_type.startswith("plain") and (d.dataroot_L is None or d.dataroot_H is None):
+        if re.match("plain|multiLR_oneGT", d.dataset_type) and (d.dataroot_L is None or d.dataroot_H is None):
             yield f"{key}: dataset_type {d.dataset_type} needs both dataroot_L and dataroot_H"
         if d.dataset_type != "l" and d.dataroot_H is None:
             yield f"{key}.dataroot_H: is required: the folder of the ground-truth images"
@@ -1016,7 +1313,7 @@ def _problems(opt: Options) -> Iterator[str]:
             yield f"{key}.dataroot_H_mask: is read by dataset_type {d.dataset_type}mask only, not {d.dataset_type}"
         if name == "train" and d.H_size % opt.scale:
             yield f"{key}.H_size: {d.H_size} must be divisible by scale {opt.scale}"
-        if d.lq_patchsize and d.lq_patchsize * opt.scale > d.H_size:
+        if name == "train" and d.lq_patchsize and d.lq_patchsize * opt.scale > d.H_size:
             yield f"{key}.lq_patchsize: {d.lq_patchsize} x scale {opt.scale} is larger than H_size {d.H_size}"
     if (opt.model == "dm") != isinstance(opt.netG, DiffusionNetwork):
         of_dm = [name for name, cls in _network_classes(NetG).items() if issubclass(cls, DiffusionNetwork)]
@@ -1213,7 +1510,7 @@ def parse(path: str | Path, is_train: bool = True, overrides: Iterable[str] = ()
     )
     for problem in _problems(opt):
         raise UserError(f"{source}: {problem}")
-    return opt
+    return opt.model_copy(update={"unused": [*unused, *_unread(opt)]}) if is_train else opt
 
 
 def network_options(raw: Mapping[str, Any]) -> NetworkOptions:

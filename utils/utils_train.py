@@ -23,8 +23,8 @@ from utils.utils_degrade import Degrader
 from utils.utils_error import ArgumentParser, UserError
 from utils.utils_loader import EndlessBatchSampler, batches, training_loader
 from utils.utils_logger import Progress, close_file, setup
-from utils.utils_option import DatasetOptions, Options, parse, patch_size
-from utils.utils_resume import Checkpoints
+from utils.utils_option import DatasetOptions, Options, is_read, parse, patch_size
+from utils.utils_resume import Checkpoints, saved_steps
 from utils.utils_run import run_facts, save_json
 from utils.utils_validate import validate, validate_ranker
 
@@ -111,14 +111,15 @@ def _prepare(opt: Options, define_Model, define_Dataset, check_dataset, device: 
             f"datasets.train.dataloader_batch_size: {data.dataloader_batch_size} cannot be shared by {world_size} "
             f"processes; it counts the patches of all of them together"
         )
+    checkpoints = Checkpoints(opt.task_dir / "models", opt.train.checkpoint_keep)
+    gone = _check_paths(opt)
+    if gone and not saved_steps(checkpoints.folder):
+        raise UserError(next(iter(gone.values())))
     if opt.unused:
         logger.info("accepted, but without meaning here: %s", ", ".join(opt.unused))
-    _check_paths(opt)
     if rank == 0:
         _check_run_folder(opt.task_dir)
     _check_memory(data, world_size)
-
-    checkpoints = Checkpoints(opt.task_dir / "models", opt.train.checkpoint_keep)
     seed = opt.train.manual_seed
     if seed is None:
         before = checkpoints.seed()
@@ -128,8 +129,12 @@ def _prepare(opt: Options, define_Model, define_Dataset, check_dataset, device: 
     torch.manual_seed(seed)
     train_set = define_Dataset(data)
     test_sets = {name: define_Dataset(d) for name, d in opt.test_sets.items()}
-    model = define_Model(opt, device)
+    model = define_Model(opt.model_copy(update={"path": opt.path.model_copy(update=dict.fromkeys(gone))}), device)
     step = checkpoints.resume(model)
+    for key, problem in gone.items():
+        if not step:
+            raise UserError(problem)
+        logger.info("path.%s: %s is gone, and not needed: step %d of the run has all weights", key, opt.path[key], step)
     counts = {f"the number of items in {name}": len(d) for name, d in {"train": train_set, **test_sets}.items()}
     _check_agreement({"the step of the newest checkpoint": step, **counts}, device)
     if opt.train.iterations is not None and step >= opt.train.iterations:
@@ -222,8 +227,12 @@ def _validate(run: _Run, step: int, progress: Progress) -> float | None:
     return scores[0] if scores else None
 
 
-def _check_paths(opt: Options) -> None:
-    """Missing folders and files fail at once, before anything is built."""
+def _check_paths(opt: Options) -> dict[str, str]:
+    """Missing folders and files fail at once, before anything is built.
+
+    Returns:
+        Of the missing files that only start a run: option of ``path`` -> what to say where there is nothing to resume.
+    """
     images = "(png, jpg, bmp, tif or webp; subfolders are read)"
     what = {
         "dataroot_H": f"your ground-truth images {images}",
@@ -236,23 +245,26 @@ def _check_paths(opt: Options) -> None:
         for key, content in what.items():
             roots = data[key] if isinstance(data[key], list) else [data[key]] if data[key] else []
             for root in roots:
-                if not Path(root).exists():
+                if not os.path.exists(root):
                     key_path = f"datasets.{name}.{key}"
                     raise UserError(f"{key_path}: there is no {root}; put {content} there, or set {key_path}=FOLDER")
-    for key in ("pretrained_netG", "pretrained_netD", "pretrained_netE", "pretrained_netF"):
+    gone = {}
+    for key, needed in is_read(opt)["path"].items():
         path = opt.path[key]
-        needed = {
-            "pretrained_netD": opt.model in ("gan", "spsr"),
-            "pretrained_netF": opt.train.F_lossfn_weight > 0,
-        }.get(key, True)
-        if path and needed and not Path(path).is_file():
-            if key == "pretrained_netG" and opt.netG and opt.netG.net_type == "spandrel":
-                raise UserError(f"path.{key}: there is no file {path}; put it there: the network is built from it")
-            else_ = {"pretrained_netG": "random weights", "pretrained_netF": "torch's own cache"}.get(key, "without it")
-            raise UserError(f"path.{key}: there is no file {path}; put it there, or set path.{key}=null: {else_}")
-    ranker = opt.path.pretrained_netR
-    if opt.train.rank_weight > 0 and ranker and not Path(ranker).is_file():
-        raise UserError(f"path.pretrained_netR: there is no file {ranker}; put it there, or set train.rank_weight=0")
+        if not path or not needed or os.path.isfile(path):
+            continue
+        problem = f"path.{key}: there is no file {path}; put it there"
+        if key == "pretrained_netG" and opt.netG and opt.netG.net_type == "spandrel":
+            raise UserError(f"{problem}: the network is built from it")
+        if key == "pretrained_netF":
+            raise UserError(f"{problem}, or set path.{key}=null: torch's own cache")
+        if key == "pretrained_netR" and opt.model != "ranker":
+            raise UserError(f"{problem}, or set train.rank_weight=0")
+        if key == "pretrained_netR":  # of the ranker's own training
+            problem = f"path.{key}: {path}: no such file; put it there"
+        start = "a copy of netG" if key == "pretrained_netE" else "random weights"
+        gone[key] = f"{problem}, or begin a new run with {start}: path.{key}=null"
+    return gone
 
 
 _FOLDERS = ("models", "images", "options", "tensorboard")
