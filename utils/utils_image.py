@@ -5,19 +5,22 @@ The names and meanings are those of KAIR (https://github.com/cszn/KAIR, ``utils/
 An LMDB folder (``X.lmdb``, see utils_lmdb.py) reads like a folder of images everywhere.
 """
 
+import logging
 import os
 import warnings
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from io import BytesIO
 from math import ceil, inf, log10
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 from scipy.io import loadmat, savemat
 from scipy.io.matlab import MatReadError
 from scipy.sparse import csr_array
@@ -25,9 +28,17 @@ from scipy.sparse import csr_array
 from utils import utils_lmdb
 from utils.utils_error import UserError
 
+logger = logging.getLogger(__name__)
 Array = NDArray[Any]
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+# Those that are written, and others that are read as well.
+_WRITTEN = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (
+    *_WRITTEN,
+    *(".jpe", ".jfif", ".dib", ".gif", ".apng", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
+    *((".avif",) if features.check("avif") else ()),
+    *((".jp2", ".j2k") if features.check("jpg_2000") else ()),
+)
 
 # A file that cannot be decoded becomes a UserError here; OpenCV's and Pillow's own lines would only stand before it.
 warnings.filterwarnings("ignore", module="PIL")
@@ -39,7 +50,10 @@ warnings.filterwarnings("ignore", module="PIL")
 def get_image_paths(dataroot: str | Sequence[str] | None) -> list[str]:
     """All image files below one folder or several, sorted within each; a single file or LMDB folder stands for itself.
 
-    None gives an empty list. Raises UserError for a path that is missing or holds no image.
+    Hidden files and folders, and those that systems make (``@eaDir``, ``__MACOSX``), are left out. Files of other kinds
+    and folders that cannot be read are counted in a warning. None gives an empty list.
+
+    Raises UserError for a path that is missing or holds no image.
     """
     return _find_files(dataroot, IMAGE_SUFFIXES, "images")
 
@@ -69,15 +83,86 @@ def _find_files(dataroot: str | Sequence[str] | None, suffixes: tuple[str, ...],
         listed = utils_lmdb.list_lmdb(dataroot.rstrip("/" + os.sep))
         found = [path for path in listed if path.lower().endswith(suffixes)]
     else:
-        found = sorted(
-            os.path.join(folder, name)
-            for folder, _, names in os.walk(dataroot, followlinks=True)
-            for name in names
-            if name.lower().endswith(suffixes) and not name.startswith(".")  # "._x.png": macOS's notes about x.png
-        )
+        below = walk(dataroot, suffixes)
+        found = below.found
+        if below.closed:
+            _warn_once(f"{dataroot}: {_counted(len(below.closed), 'folder')} cannot be read ({below.closed[0]})")
+        if below.others:
+            verb = "was" if sum(below.others.values()) == 1 else "were"
+            kinds = f"{', '.join([*below.others][:8])}{', ...' if len(below.others) > 8 else ''}"
+            count = _counted(sum(below.others.values()), "file")
+            _warn_once(f"{dataroot}: {count} of other kinds {verb} not read ({kinds})")
     if not found:
         raise UserError(f"{dataroot} holds no {what}: {wanted}")
     return found
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+@lru_cache(maxsize=1 << 10)
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
+
+
+class Below(NamedTuple):
+    """What lies below a folder: files that are read, suffixes of the others, a line for each closed sub-folder."""
+
+    found: list[str]
+    others: Counter[str]
+    closed: list[str]
+
+
+# Thumbnails, deleted and system files of NAS, Windows, macOS, Linux, which nobody means. Without case.
+_SYSTEM = frozenset(
+    """@eadir|@tmp|@recycle|@recently-snapshot|#recycle|#snapshot|~snapshot|__macosx|lost+found|thumbs.db|ehthumbs.db
+    ehthumbs_vista.db|desktop.ini|picasa.ini|$recycle.bin|recycler|recycled|system volume information
+    network trash folder|temporary items|icon\r|__pycache__""".replace("\n    ", "|").split("|")
+)
+# What this program leaves beside images.
+_OWN = ("prepared.json", "manifest.jsonl")
+
+
+def _is_meant(name: str) -> bool:
+    """Whether a file or folder is the user's: hidden ones and those that systems make are not."""
+    return not name.startswith(".") and name.lower() not in _SYSTEM
+
+
+def walk(root: str, suffixes: tuple[str, ...]) -> Below:
+    """All files below a folder, sorted; hidden files and folders, and those that systems make, are left out.
+
+    Links to folders are followed; a folder that is reached again, by whatever link, is not read again.
+    """
+    found: list[str] = []
+    others: Counter[str] = Counter()
+    closed: list[str] = []
+    seen: set[str] = set()
+
+    def is_new(folder: str) -> bool:
+        place = os.path.realpath(folder)
+        return place not in seen and not seen.add(place)  # type: ignore[func-returns-value]
+
+    def note(error: OSError) -> None:
+        closed.append(f"{error.filename}: {error.strerror or error}")
+
+    starts = deque([root])  # and links, which come last: a folder is called by its own name where it has one
+    while starts:
+        start = starts.popleft()
+        if not is_new(start):
+            continue
+        for folder, folders, names in os.walk(start, onerror=note):
+            meant = [os.path.join(folder, name) for name in sorted(folders) if _is_meant(name)]
+            here = Path(os.path.realpath(folder))
+            links = (path for path in meant if os.path.islink(path))
+            starts.extend(path for path in links if not here.is_relative_to(os.path.realpath(path)))  # else a loop
+            folders[:] = [os.path.basename(path) for path in meant if not os.path.islink(path) and is_new(path)]
+            for name in filter(_is_meant, names):
+                if name.lower().endswith(suffixes):
+                    found.append(os.path.join(folder, name))
+                elif name not in _OWN:
+                    others[os.path.splitext(name)[1].lower() or "no suffix"] += 1
+    return Below(sorted(found), others, closed)
 
 
 def read_file(path: str) -> NDArray[np.uint8]:
@@ -114,6 +199,8 @@ def decode(data: NDArray[np.uint8], path: str, n_channels: int | None = 3) -> Ar
             img = cv2.imdecode(data, cv2.IMREAD_ANYDEPTH | kind)
             if img is not None and img.ndim == 3:
                 img = cv2.cvtColor(img, cv2.COLOR_BGR2RGB)
+        if img is None:
+            img = _decode_other_kinds(data, n_channels)
     except (cv2.error, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise bad from error
     if img is None or _jpeg_is_cut_short(data):
@@ -140,6 +227,17 @@ def _decode_with_pillow(data: NDArray[np.uint8], n_channels: int | None) -> Arra
         return None
     rgb = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     return cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY) if n_channels == 1 else rgb
+
+
+def _decode_other_kinds(data: NDArray[np.uint8], n_channels: int | None) -> Array | None:
+    """What some versions of OpenCV, or all, do not read."""
+    try:
+        image = Image.open(BytesIO(data.tobytes()), formats=["AVIF", "DIB", "GIF", "JPEG2000", "PPM", "TGA"])
+    except UnidentifiedImageError:
+        return None
+    gray = n_channels == 1 or (n_channels is None and image.mode in ("1", "L", "LA"))
+    rgb = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    return cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY) if gray else rgb
 
 
 def image_size(path: str) -> tuple[int, int]:
@@ -189,8 +287,8 @@ def imsave(img: Array, img_path: str, png_level: int | None = None) -> None:
     if img.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"imsave takes uint8 or uint16, not {img.dtype}; convert with single2uint or tensor2uint")
     suffix = os.path.splitext(img_path)[1].lower()
-    if suffix not in IMAGE_SUFFIXES:
-        raise UserError(f"{img_path}: no image format is called {suffix!r}; use one of {' '.join(IMAGE_SUFFIXES)}")
+    if suffix not in _WRITTEN:
+        raise UserError(f"{img_path}: no image format is called {suffix!r}; use one of {' '.join(_WRITTEN)}")
     if img.dtype == np.uint16 and suffix not in (".png", ".tif", ".tiff"):
         raise UserError(f"{img_path}: {suffix} holds 8 bits a channel; use .png or .tif for 16")
     is_rgb = img.ndim == 3 and img.shape[2] == 3

@@ -38,8 +38,8 @@ def list_lmdb(folder: str) -> list[str]:
     Raises UserError for a folder without ``meta_info.txt``: it is written last, so the packing was cut short.
     """
     try:
-        with open(os.path.join(folder, META), encoding="utf-8") as file:
-            names = [line.rsplit(" (", 1)[0] for line in file.read().splitlines() if line]
+        with open(os.path.join(folder, META), encoding="utf-8", errors="surrogateescape") as file:
+            names = [line.rsplit(" (", 1)[0] for line in file.read().split("\n") if line]
     except OSError as error:
         raise UserError(
             f"{folder} has no {META}, so it is not finished: run the command that makes it again "
@@ -60,7 +60,7 @@ def read_lmdb(folder: str, key: str) -> bytes:
             raise UserError(f"{folder} cannot be opened as LMDB ({error}): pack it again") from error
         _open[folder] = env
     with env.begin() as transaction:
-        value = transaction.get(key.encode())
+        value = transaction.get(key.encode(errors="surrogateescape"))
     if value is None:
         raise UserError(f"{folder} holds nothing under the key {key!r}, though {META} names it: pack it again")
     return value
