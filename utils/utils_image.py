@@ -79,7 +79,7 @@ def _find_files(dataroot: str | Sequence[str] | None, suffixes: tuple[str, ...],
         return [dataroot]
     if not os.path.isdir(dataroot):
         raise UserError(f"{dataroot} does not exist: {wanted}")
-    if dataroot.rstrip("/" + os.sep).endswith(".lmdb"):
+    if utils_lmdb.is_lmdb(dataroot):
         listed = utils_lmdb.list_lmdb(dataroot.rstrip("/" + os.sep))
         found = [path for path in listed if path.lower().endswith(suffixes)]
     else:

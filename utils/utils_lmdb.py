@@ -25,6 +25,11 @@ def import_lmdb() -> Any:
     return lmdb
 
 
+def is_lmdb(folder: str) -> bool:
+    """Whether a folder is called as an LMDB folder is."""
+    return folder.rstrip("/" + os.sep).endswith(".lmdb")
+
+
 def split_path(path: str | os.PathLike[str]) -> tuple[str, str] | None:
     """``X.lmdb/sub/0001.png`` to ``("X.lmdb", "sub/0001")``; None for any other path."""
     path = os.fspath(path).replace(os.sep, "/")

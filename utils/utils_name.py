@@ -54,7 +54,7 @@ def output_path(folder: Path, *names: str, inputs: Collection[str | Path] = ()) 
     if not Path(place).is_relative_to(home):
         raise UserError(f"{path} leads out of {folder}, to {place}: remove that link, or give another folder")
     if inputs and os.path.exists(path) and any(os.path.exists(i) and os.path.samefile(i, path) for i in inputs):
-        raise UserError(f"{path} is the image itself, an input: {remedy}")
+        raise UserError(f"{path} is one of the inputs: name another file for the results")
     return path
 
 

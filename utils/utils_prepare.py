@@ -74,8 +74,12 @@ class Step(ABC):
     def settings(self) -> dict[str, Any]:
         return asdict(self)  # type: ignore[call-overload]
 
+    def also_read(self) -> Sequence[str]:
+        """Folders that are read besides the input."""
+        return ()
+
     def folders(self, names: Sequence[str]) -> list[str]:
-        """A file of each folder below the output folder that :meth:`outputs` will name, of images so called."""
+        """A file in each folder below the output folder that :meth:`outputs` will name, of images so called."""
         return list({name.rpartition("/")[0]: name for name in names}.values())
 
     @abstractmethod
@@ -110,8 +114,8 @@ def prepare(step: Step, inputs: Sequence[str], output: Path, workers: int, dry_r
     """
     paths = get_image_paths(list(inputs))
     names = output_names(paths, inputs)
-    # A step only adds to the end of a name: the folders are known.
-    check_output(output, paths, inputs, [SETTINGS, RECORDS, *step.folders(names)])
+    read, roots = [*paths, *get_image_paths(step.also_read())], [*inputs, *step.also_read()]
+    check_output(output, read, roots, [SETTINGS, RECORDS, *step.folders(names)])
     check_settings(step.command, step.settings(), inputs, output)
     if dry_run:
         return _dry_run(step, paths, names, output)
