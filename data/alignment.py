@@ -14,7 +14,7 @@ _MARGIN = 4  # pixels of L at the border, where filter and shift would reach bey
 _SMALLEST = 24  # pixels of L; in less, chance makes some shift fit best
 _CLEAN = 1e-3  # unlikeness of MATLAB's reduction to itself, rounded to 8 bits: 0.0006 at most
 
-# Seen on Set5, Set14 and pieces of BSD100, scales 2 to 4. A clean L that is shifted by a pixel of H fits 38 times better
+# Seen on Set5, Set14 and pieces of BSD100, scales 2 to 4. A clean L, shifted by a pixel of H, fits 38 times better
 # elsewhere, with JPEG of quality 95 or noise of 3 levels 2.6 times at least, and what is unlike is 0.003 in most. L in
 # place, whatever the filter, noise or JPEG, and the blind degradations fit 1.05 times better elsewhere at most. Every
 # 4th pixel of a blurred H lies 1.5 pixels off and fits up to 9 times better elsewhere, though not as well as that.
