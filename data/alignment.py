@@ -12,6 +12,7 @@ from utils.utils_image import Array
 _SIDE = 1024  # pixels of H that are looked at, in the middle
 _MARGIN = 4  # pixels of L at the border, where filter and shift would reach beyond H
 _SMALLEST = 24  # pixels of L; in less, chance makes some shift fit best
+_BLIND = 0.1  # so unlike H, an L does not tell where it lies
 _CLEAN = 1e-3  # unlikeness of MATLAB's reduction to itself, rounded to 8 bits: 0.0006 at most
 
 # Seen on Set5, Set14 and pieces of BSD100, scales 2 to 4. A clean L, shifted by a pixel of H, fits 38 times better
@@ -44,7 +45,11 @@ def find_shifts(unlikeness: Sequence[Array]) -> Shifts:
     typical = np.median(maps, axis=0)
     common = _argmin(typical)
     is_small = max(abs(n - scale) for n in common) <= scale // 2
-    if not is_small or typical[common] < _CLEAN or typical[scale, scale] < _BETTER_IN_ALL * typical[common]:
+    if (
+        not is_small
+        or not _CLEAN < typical[common] < _BLIND
+        or typical[scale, scale] < _BETTER_IN_ALL * typical[common]
+    ):
         common = (scale, scale)
     single = {}
     for i, values in enumerate(maps):

@@ -217,7 +217,7 @@ def _validate(run: _Run, step: int, progress: Progress) -> float | None:
 
 def _check_paths(opt: Options) -> None:
     """Missing folders and files fail at once, before anything is built."""
-    images = "(png, jpg, bmp, tif or webp; subfolders are read)"
+    images = "(png, jpg, bmp, tif, webp and others; subfolders are read)"
     what = {
         "dataroot_H": f"your ground-truth images {images}",
         "dataroot_L": f"your low-quality images {images}",
