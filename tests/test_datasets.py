@@ -503,6 +503,12 @@ def test_images_of_more_kinds_are_read(tmp_path, monkeypatch, suffix, kind, loss
     assert imread_uint(str(path), 1).shape == (40, 52, 1)
 
 
+def test_of_a_gif_the_first_frame_is_read_with_the_colours_below_what_is_transparent(tmp_path):
+    first = Image.fromarray(photograph(20, 30)).quantize(16)
+    first.save(tmp_path / "a.gif", transparency=3, save_all=True, append_images=[first.rotate(180)])
+    np.testing.assert_array_equal(imread_uint(str(tmp_path / "a.gif")), np.asarray(first.convert("RGB")))
+
+
 def test_new_kinds_are_read_but_not_written(tmp_path):
     with pytest.raises(UserError, match="no image format is called"):
         imsave(photograph(8, 8), str(tmp_path / "a.gif"))

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from data.files import list_files
 from data.pack import pack_lmdb
 from main_prepare_data import main as prepare_main
 from main_show_ssg import main as show_main
@@ -19,6 +21,7 @@ from utils import utils_lmdb, utils_logger, utils_prepare
 from utils.utils_error import UserError, accept_all_characters, printable
 from utils.utils_image import imread_uint, imsave
 from utils.utils_name import cell, output_path, safe_name
+from utils.utils_option import DatasetOptions
 from utils.utils_report import check_output, output_names, write_csv
 from utils.utils_run import write_atomically
 
@@ -327,3 +330,18 @@ def test_no_cell_of_a_csv_is_a_formula_and_numbers_stay_numbers(tmp_path):
 def test_names_of_files_are_kept_and_keys_of_lmdb_folders_made_safe():
     assert output_names(["a/x y:1.png", "a/s/..b.png"], ["a"]) == ["x y:1", "s/..b"]
     assert output_names(["x.lmdb/../b:1.png", "x.lmdb/s/c.png"], ["x.lmdb"]) == ["__/b_1", "s/c"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such files")
+def test_the_table_of_a_test_leads_back_to_images_of_strange_names(tmp_path):
+    H = tmp_path / "gt"
+    H.mkdir()
+    for name in STRANGE:
+        imsave(photograph(24, 24), str(H / f"{name}.png"))
+    runs = [save_run(tmp_path / name, names=("1_E",)) for name in ("one", "two")]
+    torch.save({k: v * 0.5 for k, v in torch.load(runs[1] / "models/1_E.pth").items()}, runs[1] / "models/1_E.pth")
+    restored(tmp_path, "--model_path", *runs, "--gt", H)
+    opt = DatasetOptions(dataset_type="rank", rank_csv=str(tmp_path / "out/results.csv"), rank_metric="psnr")
+    pairs, problems = list_files(opt)
+    assert problems == []
+    assert {Path(pair.H).stem for pair in pairs} == set(STRANGE)

@@ -195,7 +195,7 @@ def decode(data: NDArray[np.uint8], path: str, n_channels: int | None = 3) -> Ar
         raise UserError(f"{path} is empty (0 bytes); replace or remove it")
     try:
         img = _decode_with_pillow(data, n_channels)
-        if img is None:
+        if img is None and data[:4].tobytes() != b"GIF8":  # OpenCV paints over what is transparent there
             img = cv2.imdecode(data, cv2.IMREAD_ANYDEPTH | kind)
             if img is not None and img.ndim == 3:
                 img = cv2.cvtColor(img, cv2.COLOR_BGR2RGB)
