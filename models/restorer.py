@@ -16,6 +16,7 @@ from models.sampler import DiffusionSampler, define_sampler
 from models.select_network import define_G
 from utils.utils_checkpoint import load_network, load_state_dict
 from utils.utils_error import UserError
+from utils.utils_name import safe_name
 from utils.utils_option import Options, network_options, strip_comments
 from utils.utils_resume import newest_generator, saved_steps
 
@@ -143,8 +144,8 @@ def load_restorer(
         raise UserError(f"{checkpoint}: is made for scale {options['scale']}, which --scale {scale} contradicts")
     if not label and Path(path).is_dir():
         folder = Path(path).resolve()
-        label = (folder.parent if folder.name == "models" else folder).name
-    return _load(label or checkpoint.stem, checkpoint, options, param_key, device)
+        label = safe_name((folder.parent if folder.name == "models" else folder).name)
+    return _load(label or safe_name(checkpoint.stem), checkpoint, options, param_key, device)
 
 
 def load_restorer_of(opt: Options, device: torch.device) -> Restorer:
@@ -154,7 +155,7 @@ def load_restorer_of(opt: Options, device: torch.device) -> Restorer:
         UserError: the checkpoint is missing, unreadable or does not fit ``netG``.
     """
     checkpoint = find_checkpoint(Path(opt.path.pretrained_netG) if opt.path.pretrained_netG else opt.task_dir)
-    return _load(opt.task, checkpoint, opt, opt.test.param_key, device)
+    return _load(safe_name(opt.task), checkpoint, opt, opt.test.param_key, device)
 
 
 def _load(

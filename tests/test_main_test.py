@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -250,6 +251,46 @@ def test_several_sets_are_given_in_order_with_and_without_ground_truth(tmp_path,
     page = (out / "report.html").read_text()
     assert [page.count(f'"set":"{name}"') > 0 for name in ("Set2", "other_Set2", "real")] == [True] * 3
     assert "report.html" in capsys.readouterr().out
+
+
+def test_several_files_are_one_set_called_as_their_folder(tmp_path):
+    run = save_run(tmp_path / "run", names=("1_E",))
+    H = save_images(tmp_path / "Set4", {f"{name}.png": (24, 28) for name in "abcd"})
+    save_images(tmp_path / "real", {"x.png": (9, 9), "y.png": (9, 9)})
+    save_images(tmp_path / "L", {f"{name}.png": (6, 7) for name in "abcd"})
+
+    def files(folder):
+        return [str(path) for path in sorted((tmp_path / folder).iterdir())]
+
+    def sets(*arguments):
+        main(["--model_path", str(run), *arguments, "--output", str(tmp_path / "out"), "--metrics", "psnr"])
+        found = {name.removeprefix("run/") for name in results(tmp_path / "out") if name.startswith("run/")}
+        shutil.rmtree(tmp_path / "out")
+        return found
+
+    assert sets("--input", *files("Set4")) == {f"Set4/{name}.png" for name in "abcd"}
+    assert sets("--gt", *files("Set4")[:2]) == {"Set4/a.png", "Set4/b.png"}
+    assert sets("--gt", *files("Set4"), "--input", *files("L")) == {f"L/{name}.png" for name in "abcd"}
+    assert sets("--gt", *files("Set4"), "--input", str(tmp_path / "L")) == {f"L/{name}.png" for name in "abcd"}
+    several = sets("--gt", str(H), "-", "--input", "-", *files("real"))
+    assert several == {*(f"Set4/{name}.png" for name in "abcd"), "real/x.png", "real/y.png"}
+    assert sets("--input", *files("real"), files("L")[0], str(H)) == several | {"L/a.png"}
+    again = sets("--input", files("L")[0], str(tmp_path / "L"), files("L")[1])
+    parent = f"{tmp_path.name}_L"
+    assert again == {"L/a.png", *(f"{parent}/{name}.png" for name in "abcd"), "L_2/b.png"}
+
+
+@pytest.mark.parametrize("name", ["..", "../../gt", "/gt", "C:\\gt", "CON", "a\x1b"])
+def test_no_name_of_a_set_leads_out_of_the_output_folder(tmp_path, name):
+    save_run(tmp_path / "run", names=("1_E",))
+    save_images(tmp_path / "H", {"a.png": (24, 24)})
+    gt = save_images(tmp_path / "gt", {"a.png": (24, 24)})
+    before = (gt / "a.png").read_bytes()
+    data = {"dataset_type": "sr", "dataroot_H": str(tmp_path / "H"), "name": name}
+    main(["--opt", str(option_file(tmp_path, datasets={"test": data})), f"test.output={tmp_path / 'out'}"])
+    assert (gt / "a.png").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["H", "gt", "out", "run", "test_x.json"]
+    assert len([*(tmp_path / "out/run").glob("*/a.png")]) == 1
 
 
 def test_a_damaged_image_is_named_and_the_others_are_restored(tmp_path, capsys):

@@ -5,23 +5,26 @@ The names and meanings are those of KAIR (https://github.com/cszn/KAIR, ``utils/
 An LMDB folder (``X.lmdb``, see utils_lmdb.py) reads like a folder of images everywhere.
 """
 
+import logging
 import os
 import re
 import struct
 import warnings
 import zlib
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import BytesIO
 from math import ceil, inf, log10, nan, prod
-from typing import IO, Any
+from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin, features
 from scipy.io import loadmat, savemat, whosmat
 from scipy.io.matlab import MatReadError
 from scipy.sparse import csr_array
@@ -32,10 +35,19 @@ from utils.utils_icc import foreign_profile
 from utils.utils_png import GRAY, GRAY_ALPHA, encode_png, png_chunks, png_kind
 from utils.utils_tiff import TiffFacts, is_tiff, read_tiff, tiff_facts, upright
 
+logger = logging.getLogger(__name__)
 Array = NDArray[Any]
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+# Those that are written, and others that are read as well.
+_WRITTEN = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (
+    *_WRITTEN,
+    *(".jpe", ".jfif", ".dib", ".gif", ".apng", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
+    *((".avif",) if features.check("avif") else ()),
+    *((".jp2", ".j2k") if features.check("jpg_2000") else ()),
+)
 _PILLOWS = ("WEBP", "GIF", "AVIF")  # what Pillow decodes, and not OpenCV
+_PILLOWS_TOO = ("DIB", "JPEG2000", "PPM", "TGA")  # what some versions of OpenCV do not read
 
 _CICP_SRGB = bytes([1, 13, 0, 1])  # primaries, transfer, matrix, full range
 
@@ -55,7 +67,10 @@ warnings.filterwarnings("ignore", module="PIL")
 def get_image_paths(dataroot: str | Sequence[str] | None) -> list[str]:
     """All image files below one folder or several, sorted within each; a single file or LMDB folder stands for itself.
 
-    None gives an empty list. Raises UserError for a path that is missing or holds no image.
+    Hidden files and folders, and those that systems make (``@eaDir``, ``__MACOSX``), are left out. Files of other kinds
+    and folders that cannot be read are counted in a warning. None gives an empty list.
+
+    Raises UserError for a path that is missing or holds no image.
     """
     return _find_files(dataroot, IMAGE_SUFFIXES, "images")
 
@@ -81,19 +96,90 @@ def _find_files(dataroot: str | Sequence[str] | None, suffixes: tuple[str, ...],
         return [dataroot]
     if not os.path.isdir(dataroot):
         raise UserError(f"{dataroot} does not exist: {wanted}")
-    if dataroot.rstrip("/" + os.sep).endswith(".lmdb"):
+    if utils_lmdb.is_lmdb(dataroot):
         listed = utils_lmdb.list_lmdb(dataroot.rstrip("/" + os.sep))
         found = [path for path in listed if path.lower().endswith(suffixes)]
     else:
-        found = sorted(
-            os.path.join(folder, name)
-            for folder, _, names in os.walk(dataroot, followlinks=True)
-            for name in names
-            if name.lower().endswith(suffixes) and not name.startswith(".")  # "._x.png": macOS's notes about x.png
-        )
+        below = walk(dataroot, suffixes)
+        found = below.found
+        if below.closed:
+            _warn_once(f"{dataroot}: {_counted(len(below.closed), 'folder')} cannot be read ({below.closed[0]})")
+        if below.others:
+            verb = "was" if sum(below.others.values()) == 1 else "were"
+            kinds = f"{', '.join([*below.others][:8])}{', ...' if len(below.others) > 8 else ''}"
+            count = _counted(sum(below.others.values()), "file")
+            _warn_once(f"{dataroot}: {count} of other kinds {verb} not read ({kinds})")
     if not found:
         raise UserError(f"{dataroot} holds no {what}: {wanted}")
     return found
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+@lru_cache(maxsize=1 << 10)
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
+
+
+class Below(NamedTuple):
+    """What lies below a folder: files that are read, suffixes of the others, a line for each closed sub-folder."""
+
+    found: list[str]
+    others: Counter[str]
+    closed: list[str]
+
+
+# Thumbnails, deleted and system files of NAS, Windows, macOS, Linux, which nobody means. Without case.
+_SYSTEM = frozenset(
+    """@eadir|@tmp|@recycle|@recently-snapshot|#recycle|#snapshot|~snapshot|__macosx|lost+found|thumbs.db|ehthumbs.db
+    ehthumbs_vista.db|desktop.ini|picasa.ini|$recycle.bin|recycler|recycled|system volume information
+    network trash folder|temporary items|icon\r|__pycache__""".replace("\n    ", "|").split("|")
+)
+# What this program leaves beside images.
+_OWN = ("prepared.json", "manifest.jsonl")
+
+
+def _is_meant(name: str) -> bool:
+    """Whether a file or folder is the user's: hidden ones and those that systems make are not."""
+    return not name.startswith(".") and name.lower() not in _SYSTEM
+
+
+def walk(root: str, suffixes: tuple[str, ...]) -> Below:
+    """All files below a folder, sorted; hidden files and folders, and those that systems make, are left out.
+
+    Links to folders are followed; a folder that is reached again, by whatever link, is not read again.
+    """
+    found: list[str] = []
+    others: Counter[str] = Counter()
+    closed: list[str] = []
+    seen: set[str] = set()
+
+    def is_new(folder: str) -> bool:
+        place = os.path.realpath(folder)
+        return place not in seen and not seen.add(place)  # type: ignore[func-returns-value]
+
+    def note(error: OSError) -> None:
+        closed.append(f"{error.filename}: {error.strerror or error}")
+
+    starts = deque([root])  # and links, which come last: a folder is called by its own name where it has one
+    while starts:
+        start = starts.popleft()
+        if not is_new(start):
+            continue
+        for folder, folders, names in os.walk(start, onerror=note):
+            meant = [os.path.join(folder, name) for name in sorted(folders) if _is_meant(name)]
+            here = Path(os.path.realpath(folder))
+            links = (path for path in meant if os.path.islink(path))
+            starts.extend(path for path in links if not here.is_relative_to(os.path.realpath(path)))  # else a loop
+            folders[:] = [os.path.basename(path) for path in meant if not os.path.islink(path) and is_new(path)]
+            for name in filter(_is_meant, names):
+                if name.lower().endswith(suffixes):
+                    found.append(os.path.join(folder, name))
+                elif name not in _OWN:
+                    others[os.path.splitext(name)[1].lower() or "no suffix"] += 1
+    return Below(sorted(found), others, closed)
 
 
 def read_file(path: str) -> NDArray[np.uint8]:
@@ -191,7 +277,7 @@ def _decode(
             img, alpha = read_tiff(data, path)
         elif header is not None and header.format in _PILLOWS:
             # OpenCV 4 refuses animated WebP and ignores WebP's EXIF rotation
-            img = np.asarray(ImageOps.exif_transpose(header).convert("RGB"))
+            img = _with_pillow(header)
         else:
             kind = {3: cv2.IMREAD_COLOR, 1: cv2.IMREAD_GRAYSCALE, None: cv2.IMREAD_ANYCOLOR}[n_channels]
             if n_channels is None and png_kind(data)[1] == GRAY_ALPHA:  # to OpenCV a kind of RGB
@@ -199,6 +285,8 @@ def _decode(
             img = cv2.imdecode(data, cv2.IMREAD_ANYDEPTH | kind)
             if img is not None and img.ndim == 3:
                 img = cv2.cvtColor(img, cv2.COLOR_BGR2RGB)
+            if img is None and header is not None and header.format in _PILLOWS_TOO:
+                img = _with_pillow(header)
         if with_alpha and isinstance(header, Image.Image):
             alpha = _alpha(data, header)
     except (cv2.error, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -281,6 +369,10 @@ def exif_orientation(header: Image.Image | TiffFacts) -> int:
     return int(exif.get(0x0112, 1))
 
 
+def _with_pillow(image: Image.Image) -> Array:
+    return np.asarray(ImageOps.exif_transpose(image).convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+
+
 def image_size(path: str) -> tuple[int, int]:
     """(height, width) of what :func:`imread_uint` would return, from the file's header alone where that is enough.
 
@@ -333,8 +425,8 @@ def imsave(img: Array, img_path: str, png_level: int | None = None, extras: Imag
     if img.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"imsave takes uint8 or uint16, not {img.dtype}; convert with single2uint or tensor2uint")
     suffix = os.path.splitext(img_path)[1].lower()
-    if suffix not in IMAGE_SUFFIXES:
-        raise UserError(f"{img_path}: no image format is called {suffix!r}; use one of {' '.join(IMAGE_SUFFIXES)}")
+    if suffix not in _WRITTEN:
+        raise UserError(f"{img_path}: no image format is called {suffix!r}; use one of {' '.join(_WRITTEN)}")
     if img.dtype == np.uint16 and suffix not in (".png", ".tif", ".tiff"):
         raise UserError(f"{img_path}: {suffix} holds 8 bits a channel; use .png or .tif for 16")
     is_rgb = img.ndim == 3 and img.shape[2] == 3

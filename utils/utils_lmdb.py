@@ -25,6 +25,11 @@ def import_lmdb() -> Any:
     return lmdb
 
 
+def is_lmdb(folder: str) -> bool:
+    """Whether a folder is called as an LMDB folder is."""
+    return folder.rstrip("/" + os.sep).endswith(".lmdb")
+
+
 def split_path(path: str | os.PathLike[str]) -> tuple[str, str] | None:
     """``X.lmdb/sub/0001.png`` to ``("X.lmdb", "sub/0001")``; None for any other path."""
     path = os.fspath(path).replace(os.sep, "/")
@@ -40,8 +45,8 @@ def list_lmdb(folder: str) -> list[str]:
     for name in (META, "data.mdb"):
         check_regular(os.path.join(folder, name))
     try:
-        with open(os.path.join(folder, META), encoding="utf-8") as file:
-            names = [line.rsplit(" (", 1)[0] for line in file.read().splitlines() if line]
+        with open(os.path.join(folder, META), encoding="utf-8", errors="surrogateescape") as file:
+            names = [line.rsplit(" (", 1)[0] for line in file.read().split("\n") if line]
     except OSError as error:
         raise UserError(
             f"{folder} has no {META}, so it is not finished: run the command that makes it again "
@@ -62,7 +67,7 @@ def read_lmdb(folder: str, key: str) -> bytes:
             raise UserError(f"{folder} cannot be opened as LMDB ({error}): pack it again") from error
         _open[folder] = env
     with env.begin() as transaction:
-        value = transaction.get(key.encode())
+        value = transaction.get(key.encode(errors="surrogateescape"))
     if value is None:
         raise UserError(f"{folder} holds nothing under the key {key!r}, though {META} names it: pack it again")
     return value

@@ -4,7 +4,9 @@ import csv
 import io
 import logging
 import math
+import os
 import re
+import sys
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,10 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from utils.utils_error import UserError
+from utils.utils_error import UserError, printable
 from utils.utils_html import Gallery, write_html
 from utils.utils_image import imsave
+from utils.utils_lmdb import split_path
 from utils.utils_metrics import METRICS, Measurer, mean_metrics
+from utils.utils_name import cell, folded, output_path, safe_name
 from utils.utils_run import save_json, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -27,40 +31,78 @@ Picture = NDArray[np.uint8]
 
 # ------------------------------------------------------------------------------------------------- where results go
 
+RESULTS = ("results.json", "results.csv", "results.md", "report.html", "side_by_side.png")
+
 
 def output_names(paths: Sequence[str], roots: Sequence[str]) -> list[str]:
     """For each image the name of its result, ``sub/folder/stem``: its path below the root that holds it.
 
+    Files of a folder keep their names. The keys of LMDB folders, which can hold anything, are made names of files.
+
     Raises:
         UserError: two images would have results of one name.
     """
+    order = {root: i for i, root in reversed([*enumerate(map(Path, roots))])}
     names: dict[str, str] = {}
+    taken: dict[str, str] = {}
     for path in map(Path, paths):
-        root = next(Path(root) for root in roots if Path(root) in [path, *path.parents])
-        name = (path.relative_to(root) if path != root else Path(path.name)).with_suffix("").as_posix()
-        if name in names:
-            raise UserError(f"{path} and {names[name]}: both would be saved as {name}.png; rename one")
-        names[name] = str(path)
+        root = min((p for p in (path, *path.parents) if p in order), key=order.__getitem__)
+        parts = (path.relative_to(root) if path != root else Path(path.name)).with_suffix("").parts
+        if split_path(path):
+            parts = tuple(safe_name(part) for part in parts)
+        name = "/".join(parts)
+        key = folded(name) if sys.platform in ("win32", "darwin") else name
+        if key in taken:
+            raise UserError(f"{path} and {taken[key]}: both would be saved as {name}.png; rename one")
+        names[name] = taken[key] = str(path)
     return list(names)
 
 
-def check_output(output: Path, inputs: Sequence[str], roots: Sequence[str]) -> None:
+def check_output(output: Path, inputs: Sequence[str], roots: Sequence[str], names: Sequence[str] = ()) -> None:
     """Results must stay clear of the input images, now and when the same command runs again.
 
+    Folders are compared as the system knows them: links, mounts and spelling do not hide that two are one.
+
+    Args:
+        output: the folder for the results.
+        inputs: the images, below the folders or files ``roots``.
+        names: of files that will be written below ``output``, as far as they are known.
+
     Raises:
-        UserError: ``output`` is no folder, holds one of the ``inputs`` or lies in one of the folders ``roots``.
+        UserError: ``output`` is no folder, holds one of the ``inputs`` or lies in one of the folders ``roots``, or one
+            of the ``names`` leads out of it.
     """
     remedy = "give another folder for the results"
     folder = output.resolve()
     for parent in [folder, *folder.parents]:
         if parent.exists() and not parent.is_dir():
             raise UserError(f"{output}: {parent} is a file; {remedy}")
-    for path in inputs:
-        if folder in Path(path).resolve().parents:
+    identities: dict[Path, tuple[int, int] | None] = {}
+
+    def identity(place: Path) -> tuple[int, int] | None:
+        if place not in identities:
+            try:
+                status = place.stat()
+                identities[place] = (status.st_dev, status.st_ino)
+            except OSError:  # not there yet, or an image of an LMDB folder
+                identities[place] = None
+        return identities[place]
+
+    here = identity(folder)
+    folder_of = {path: Path((split_path(path) or (os.path.dirname(path), ""))[0]).resolve() for path in inputs}
+    for path, its_folder in folder_of.items():
+        parents = (its_folder, *its_folder.parents)
+        if folder in parents or (here and here in map(identity, parents)):
             raise UserError(f"{output}: holds the input image {path}; {remedy}")
+    above = [place for place in map(identity, folder.parents) if place]
     for root in roots:
-        if Path(root).resolve() in folder.parents:
+        place = Path(root).resolve()
+        if place in folder.parents or identity(place) in above:
             raise UserError(f"{output}: lies among the input images in {root}; {remedy}")
+    holding = {identity(its_folder): path for path, its_folder in folder_of.items()}
+    for folder in dict.fromkeys(output_path(output, name).parent for name in names):
+        if (met := identity(folder)) and met in holding:
+            raise UserError(f"{folder}: holds the input image {holding[met]}; {remedy}")
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
@@ -115,6 +157,8 @@ def format_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], 
 def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write one line a row under the keys of all, atomically; what a row lacks, and NaN, is an empty field.
 
+    Text is written :func:`printable` and never as a formula (:func:`utils_name.cell`).
+
     Raises:
         UserError: the file cannot be written.
     """
@@ -122,7 +166,8 @@ def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
+        texts = {k: cell(printable(v)) for k, v in row.items() if isinstance(v, str)}
+        writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} | texts)
     write_atomically(text.getvalue(), path)
 
 
@@ -375,6 +420,7 @@ class Report:
         measured = self.measurer.measure(estimates, H)
         for label in broken:
             measured.values[label] = dict.fromkeys(measured.values[label], math.nan)
+        name = printable(name)
         if any(measured.values.values()):
             self._rows += [{"set": set_name, "image": name, "model": k, **v} for k, v in measured.values.items()]
         pictures = dict(estimates) if H is None else {**estimates, "ground truth": H}
@@ -422,7 +468,8 @@ class Report:
         if self._sets:
             logger.info("\n%s", "\n".join(textwrap.fill(line, 80) for line in (f"{note} {versions}.", *left_out)))
         logger.info("")
-        written = ["results.json"]
+        as_json, as_csv, as_markdown, as_page, as_picture = (output_path(output, name) for name in RESULTS)
+        written = [as_json]
         content = {
             "facts": facts,
             **content,
@@ -436,25 +483,25 @@ class Report:
             "sets": {results.name: results.as_json() for results in self._sets},
             "images": self._rows,
         }
-        save_json(content, output / "results.json")
+        save_json(content, as_json)
         if self._rows:
-            write_csv(self._rows, output / "results.csv")
-            written.append("results.csv")
+            write_csv(self._rows, as_csv)
+            written.append(as_csv)
         if self._sets:
             heading = f"Results, x{scale}"
-            write_markdown(self._sets, heading, [f"{note} {versions}.", *left_out], output / "results.md")
-            written.append("results.md")
+            write_markdown(self._sets, heading, [f"{note} {versions}.", *left_out], as_markdown)
+            written.append(as_markdown)
         if self._gallery:
             total = sum(self.counts.values())
-            write_html(output / "results.json", self._gallery, measurer.names, total, note, output / "report.html")
-            written.append("report.html")
+            write_html(as_json, self._gallery, measurer.names, total, note, as_page)
+            written.append(as_page)
         if self._sheet:
             pictures = {name: images for name, (images, _) in self._sheet.items()}
             captions = {name: words for name, (_, words) in self._sheet.items()}
-            side_by_side(pictures, output / "side_by_side.png", captions=captions)
-            written.append("side_by_side.png")
-        for name in written:
-            logger.info("%s", output / name)
+            side_by_side(pictures, as_picture, captions=captions)
+            written.append(as_picture)
+        for path in written:
+            logger.info("%s", path)
 
 
 def _spread_over(counts: Mapping[str, int], wanted: int) -> dict[str, set[int]]:

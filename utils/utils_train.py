@@ -23,6 +23,7 @@ from utils.utils_degrade import Degrader
 from utils.utils_error import ArgumentParser, UserError
 from utils.utils_loader import EndlessBatchSampler, batches, training_loader
 from utils.utils_logger import Progress, close_file, setup
+from utils.utils_name import output_path, safe_name
 from utils.utils_option import DatasetOptions, Options, is_read, parse, patch_size
 from utils.utils_resume import Checkpoints, saved_steps
 from utils.utils_run import run_facts, save_json
@@ -217,7 +218,7 @@ def _validate(run: _Run, step: int, progress: Progress) -> float | None:
             logger.info("step %d %s: %.2f %% of the pairs in order", step, name, 100 * in_order)
             scores.append(in_order)
             continue
-        grid = run.opt.task_dir / "images" / f"{name}_{step:08d}.png"
+        grid = output_path(run.opt.task_dir / "images", f"{safe_name(name)}_{step:08d}.png")
         result = validate(run.model, test_set, run.opt.scale, grid, run.opt.test.images, run.device)
         progress.scalars(f"val/{name}", result)
         if result:
@@ -233,7 +234,7 @@ def _check_paths(opt: Options) -> dict[str, str]:
     Returns:
         Of the missing files that only start a run: option of ``path`` -> what to say where there is nothing to resume.
     """
-    images = "(png, jpg, bmp, tif or webp; subfolders are read)"
+    images = "(png, jpg, bmp, tif, webp and others; subfolders are read)"
     what = {
         "dataroot_H": f"your ground-truth images {images}",
         "dataroot_L": f"your low-quality images {images}",
