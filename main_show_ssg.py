@@ -12,8 +12,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from evaluation.figure import SEARCH, ssg_figure, telling_pixel, training_figure
 from utils.utils_error import ArgumentParser, UserError, printable, run
-from utils.utils_figure import SEARCH, ssg_figure, telling_pixel, training_figure
 from utils.utils_image import imread_uint
 from utils.utils_logger import setup
 from utils.utils_name import output_path

@@ -32,14 +32,14 @@ from tqdm import tqdm
 from data.check import check_dataset
 from data.files import group_files
 from data.select_dataset import define_Dataset
+from evaluation.metrics import GROUPS, METRICS, Measurer, choose
+from evaluation.report import RESULTS, Report, check_output, output_names
 from models.restorer import Restorer, load_restorer, load_restorer_of, run_folder, set_sampling
 from utils.utils_error import ArgumentParser, UserError, printable, run
 from utils.utils_image import ImageExtras, imresize, imsave, tensor2uint
 from utils.utils_logger import setup
-from utils.utils_metrics import GROUPS, METRICS, Measurer, choose
 from utils.utils_name import folded, output_path, safe_name
 from utils.utils_option import DatasetOptions, TestOptions, parse
-from utils.utils_report import RESULTS, Report, check_output, output_names
 from utils.utils_run import run_facts
 from utils.utils_tile import check_tile, enough_memory, restore, tile_remedy
 

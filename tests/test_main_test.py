@@ -109,7 +109,7 @@ def test_too_little_memory_is_one_line_whose_remedy_fits_the_tiles_of_now(tmp_pa
     }.items():
         with pytest.raises(UserError, match=words):
             main([*command])
-    monkeypatch.setattr("utils.utils_report.Report.add", fails)
+    monkeypatch.setattr("evaluation.report.Report.add", fails)
     monkeypatch.setattr("main_test.restore", restore)
     for command, words in {
         (*model, "--tile", "64"): "fewer metrics, or cut",

@@ -1,4 +1,4 @@
-"""utils/utils_metrics.py: against published numbers, against pyiqa called directly, and without network or pyiqa."""
+"""evaluation/metrics.py: against published numbers, against pyiqa called directly, and without network or pyiqa."""
 
 import math
 import socket
@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from evaluation import metrics
+from evaluation.metrics import GROUPS, METRICS, Measurer, choose, frechet_distance, mean_metrics, ssg_maps
 from tests.conftest import photograph
-from utils import utils_image, utils_metrics
+from utils import utils_image
 from utils.utils_error import UserError
 from utils.utils_image import calculate_psnr, calculate_ssim, rgb2ycbcr, uint2tensor4, unrounded_y
-from utils.utils_metrics import GROUPS, METRICS, Measurer, choose, frechet_distance, mean_metrics, ssg_maps
 from utils.utils_option import MetricName
 from utils.utils_ssl import SelfSimilarityLoss, edge_mask
 
@@ -158,7 +159,7 @@ def test_the_ssg_map_lies_on_the_edges_and_shows_where_structure_differs():
 def test_the_ssg_map_does_not_depend_on_its_bands(monkeypatch):
     H = photograph(50, 24)
     whole = ssg_maps([blurred(H)], H)
-    monkeypatch.setattr(utils_metrics, "_BAND_PIXELS", 1)
+    monkeypatch.setattr(metrics, "_BAND_PIXELS", 1)
     # The box sums of a band start elsewhere: float32 rounding, of values around 1.
     assert np.allclose(ssg_maps([blurred(H)], H), whole, rtol=1e-4, atol=1e-5, equal_nan=True)
 
@@ -192,7 +193,7 @@ def test_fid_compares_the_whole_images_of_a_set_with_its_ground_truth(monkeypatc
         return [x.mean((2, 3))[..., None, None]]
 
     network = types.SimpleNamespace(net=types.SimpleNamespace(model=features))
-    monkeypatch.setattr(utils_metrics, "_load_pyiqa", lambda names, device: ({"fid": network}, {}))
+    monkeypatch.setattr(metrics, "_load_pyiqa", lambda names, device: ({"fid": network}, {}))
     measurer = Measurer(["fid"], 4, "cpu")
     truths = [photograph(30, 40, seed=seed) for seed in range(4)]
     for H in truths:
@@ -274,7 +275,7 @@ def test_weights_in_the_cache_are_enough(pyiqa, monkeypatch, tmp_path):
         torch.manual_seed(0)
         return torchvision.models.AlexNet()
 
-    monkeypatch.setattr(utils_metrics, "_online", lambda: False)
+    monkeypatch.setattr(metrics, "_online", lambda: False)
     monkeypatch.setattr(torchvision.models, "alexnet", alexnet)
     monkeypatch.setattr("pyiqa.utils.download_util.DEFAULT_CACHE_DIR", str(tmp_path))
     network = lpips_arch.LPIPS(net="alex", pretrained=False)
@@ -290,7 +291,7 @@ def test_a_metric_that_fails_on_an_image_is_nan_and_named(monkeypatch, caplog):
     def fails(*_images):
         raise RuntimeError("Kernel size can't be greater\nthan actual input size")
 
-    monkeypatch.setattr(utils_metrics, "_load_pyiqa", lambda names, device: ({"musiq": fails}, {}))
+    monkeypatch.setattr(metrics, "_load_pyiqa", lambda names, device: ({"musiq": fails}, {}))
     with caplog.at_level("INFO"):
         assert math.isnan(values_of(photograph(20, 30), None, 0, ["musiq"])["musiq"])
     assert caplog.messages == [

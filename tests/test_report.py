@@ -1,4 +1,4 @@
-"""Tables, files and pictures of a test: utils/utils_report.py, utils_run.py."""
+"""Tables, files and pictures of a test: evaluation/report.py, utils_run.py."""
 
 import csv
 import json
@@ -8,11 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import photograph
-from utils.utils_error import UserError
-from utils.utils_image import imread_uint
-from utils.utils_metrics import METRICS, Measurer
-from utils.utils_report import (
+from evaluation.metrics import METRICS, Measurer
+from evaluation.report import (
     Report,
     SetResults,
     baselines,
@@ -24,6 +21,9 @@ from utils.utils_report import (
     write_csv,
     write_markdown,
 )
+from tests.conftest import photograph
+from utils.utils_error import UserError
+from utils.utils_image import imread_uint
 from utils.utils_run import run_facts, save_json, write_atomically
 
 TITLES = [metric.title for metric in METRICS.values()]

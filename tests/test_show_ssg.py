@@ -1,4 +1,4 @@
-"""main_show_ssg.py and utils/utils_figure.py."""
+"""main_show_ssg.py and evaluation/figure.py."""
 
 import re
 import subprocess
@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from evaluation import figure
+from evaluation.figure import _panels, _smooth, graph_at, read_scalars, telling_pixel
 from main_show_ssg import main
 from tests.conftest import REPOSITORY, photograph
-from utils import utils_figure
 from utils.utils_error import UserError
-from utils.utils_figure import _panels, _smooth, graph_at, read_scalars, telling_pixel
 from utils.utils_image import imread_uint, imsave, uint2tensor4
 from utils.utils_ssl import edge_mask, self_similarity_graph
 
@@ -40,13 +40,13 @@ def save_run(folder: Path, steps: range = range(10, 60, 10)) -> Path:
 def drawn(monkeypatch):
     """The figures that are saved."""
     figures = []
-    save = utils_figure._save
+    save = figure._save
 
     def remember(figure, path):
         figures.append(figure)
         save(figure, path)
 
-    monkeypatch.setattr(utils_figure, "_save", remember)
+    monkeypatch.setattr(figure, "_save", remember)
     return figures
 
 

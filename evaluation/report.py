@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from evaluation.metrics import METRICS, Measurer, mean_metrics
+from evaluation.page import Gallery, write_html
 from utils.utils_error import UserError, printable
-from utils.utils_html import Gallery, write_html
 from utils.utils_image import imsave
 from utils.utils_lmdb import split_path
-from utils.utils_metrics import METRICS, Measurer, mean_metrics
 from utils.utils_name import cell, folded, output_path, safe_name
 from utils.utils_run import save_json, write_atomically
 
@@ -189,7 +189,7 @@ def _difference(a: float, b: float) -> float:
 
 @dataclass(frozen=True)
 class SetResults:
-    """The means over a test set: label -> metric name -> value; ``utils_metrics.mean_metrics`` says which."""
+    """The means over a test set: label -> metric name -> value; ``evaluation.metrics.mean_metrics`` says which."""
 
     name: str
     images: int

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from evaluation.metrics import ssg_maps
 from utils.utils_error import UserError
 from utils.utils_image import imread_uint, uint2tensor4
-from utils.utils_metrics import ssg_maps
 from utils.utils_ssl import edge_mask, self_similarity_graph
 
 Picture = NDArray[np.uint8]

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from evaluation.metrics import METRICS, Measured
 from utils.utils_image import uint2tensor4
-from utils.utils_metrics import METRICS, Measured
 from utils.utils_run import write_atomically
 from utils.utils_ssl import edge_mask
 

@@ -1,4 +1,4 @@
-"""report.html, made by utils/utils_html.py, used in a headless Chromium as a reader would."""
+"""report.html, made by evaluation/page.py, used in a headless Chromium as a reader would."""
 
 import json
 import re
@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from evaluation import page as report_page
+from evaluation.metrics import METRICS, Measured, Measurer
+from evaluation.page import Gallery, write_html
+from evaluation.report import Report
 from tests.chromium import BROWSER, Page
 from tests.conftest import photograph
-from utils import utils_html
-from utils.utils_html import Gallery, write_html
-from utils.utils_metrics import METRICS, Measured, Measurer
-from utils.utils_report import Report
 
 FACTS = {name: "1" for name in ("git_commit", "torch", "opencv", "numpy")} | {"date": "2026-01-31T12:00:00+00:00"}
 LABELS = ["bicubic", "gan", "gan_ssl", "ground truth"]
@@ -66,14 +66,14 @@ def test_pictures_are_embedded_without_losses_unless_they_are_very_large(monkeyp
     shown = Image.open(io.BytesIO(base64.b64decode(whole["pictures"]["E"].split(",")[1])))
     assert whole["lossless"]
     assert np.array_equal(np.asarray(shown), E)
-    monkeypatch.setattr(utils_html, "_LOSSLESS", 100)
+    monkeypatch.setattr(report_page, "_LOSSLESS", 100)
     assert not item(Gallery(), {"E": E})["lossless"]
-    monkeypatch.setattr(utils_html, "_SIDE", 59)
+    monkeypatch.setattr(report_page, "_SIDE", 59)
     assert item(Gallery(), {"E": E})["pictures"]["E"].startswith("data:image/jpeg")
 
 
 def test_a_page_that_would_get_too_large_leaves_images_out(monkeypatch, tmp_path):
-    monkeypatch.setattr(utils_html, "_PAGE", 1)
+    monkeypatch.setattr(report_page, "_PAGE", 1)
     gallery = Gallery()
     for seed in range(3):
         gallery.add("set", str(seed), {"E": photograph(20, 20, seed=seed)}, Measured({}, {}))
