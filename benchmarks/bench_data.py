@@ -27,10 +27,10 @@ import torch
 from scipy import ndimage, stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils.utils_degrade import DEGRADATIONS
-from utils.utils_degrade_batch import apply_batch
-from utils.utils_degrade_image import apply
-from utils.utils_degrade_steps import Blur, Jpeg, Noise, Resize, Step, Thin, shift_pixel
+from data.degradations.on_batch import apply_batch
+from data.degradations.on_image import apply
+from data.degradations.select_degradation import DEGRADATIONS
+from data.degradations.steps import Blur, Jpeg, Noise, Resize, Step, Thin, shift_pixel
 from utils.utils_image import imread_uint, single2tensor3, uint2single
 
 SIDE, SCALE = 320, 4  # KAIR's H_size

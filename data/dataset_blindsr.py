@@ -5,10 +5,10 @@ from pathlib import PurePath
 import numpy as np
 
 from data.dataset_base import DatasetBase
+from data.degradations.on_image import add_sharpening, apply
+from data.degradations.select_degradation import degradation_of, sharpens_H
 from data.files import Files
 from data.patches import random_window
-from utils.utils_degrade import degradation_of, sharpens_H
-from utils.utils_degrade_image import add_sharpening, apply
 from utils.utils_image import Array, ImageExtras, uint2single
 
 
@@ -17,7 +17,7 @@ class DatasetBlindSR(DatasetBase):
 
     ``use_sharp`` makes L of the sharpened H. In KAIR's degradations that is then H itself; in Real-ESRGAN's, where some
     losses compare with the one and some with the other, items have it as ``H_usm`` beside H. In the train phase with
-    ``degradation_device`` gpu items have no L: utils_degrade.Degrader makes it, and H_usm, and cuts.
+    ``degradation_device`` gpu items have no L: select_degradation.Degrader makes it, and H_usm, and cuts.
     """
 
     def make_images(self, files: Files, rng: np.random.Generator) -> tuple[dict[str, Array], ImageExtras | None]:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data.degradations.select_degradation import DEGRADATIONS, degrade_image
 from data.files import list_files
-from utils.utils_degrade import DEGRADATIONS, degrade_image
 from utils.utils_error import UserError
 from utils.utils_image import Array, image_size, imread_uint, imresize_np, modcrop, uint2tensor4
 from utils.utils_option import DatasetOptions

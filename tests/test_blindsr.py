@@ -8,12 +8,11 @@ import pytest
 import torch
 from scipy import ndimage
 
+from data.degradations import bsrgan as blindsr
+from data.degradations import on_image, steps
+from data.degradations.steps import Blur, Camera, Jpeg, Noise, Poisson, Resize, Thin
 from tests.conftest import photograph
 from tests.golden_numbers import figures
-from utils import utils_blindsr as blindsr
-from utils import utils_degrade_image as on_image
-from utils import utils_degrade_steps as steps
-from utils.utils_degrade_steps import Blur, Camera, Jpeg, Noise, Poisson, Resize, Thin
 from utils.utils_image import imresize_np, uint2single
 
 STRENGTHS = [blindsr.KAIR, blindsr.SSL_FORK]

@@ -10,14 +10,14 @@ import pytest
 import torch
 from scipy import ndimage
 
+from data.degradations import on_batch as batched
+from data.degradations import on_image
+from data.degradations.bsrgan import KAIR, draw_camera
+from data.degradations.select_degradation import DEGRADATIONS, Degrader, degrade_image
+from data.degradations.steps import Blur, Camera, Jpeg, Noise, Poisson, Resize, Thin
 from data.select_dataset import define_Dataset
 from tests.conftest import photograph
 from tests.training import Workplace, assert_same
-from utils import utils_degrade_batch as batched
-from utils import utils_degrade_image as on_image
-from utils.utils_blindsr import KAIR, draw_camera
-from utils.utils_degrade import DEGRADATIONS, Degrader, degrade_image
-from utils.utils_degrade_steps import Blur, Camera, Jpeg, Noise, Poisson, Resize, Thin
 from utils.utils_error import UserError
 from utils.utils_image import imsave, single2tensor3, uint2single, uint2tensor4
 from utils.utils_option import DatasetOptions, parse

@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader
 
 from data import pack
 from data.alignment import find_shifts, unlikeness_of_shifts
+from data.degradations.select_degradation import degrade_image
 from data.duplicates import near_duplicates, thumbnail
 from data.prepare import MULTISCALE_PRESETS, Subimages, matlab_bicubic
 from data.select_dataset import define_Dataset
 from main_prepare_data import main
 from tests.conftest import photograph
 from utils import utils_lmdb, utils_prepare
-from utils.utils_degrade import degrade_image
 from utils.utils_error import UserError
 from utils.utils_image import get_image_paths, image_size, imread_uint, imsave, modcrop, read_mask
 from utils.utils_option import DatasetOptions

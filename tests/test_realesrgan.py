@@ -10,17 +10,16 @@ import torch
 from scipy import ndimage
 from torch.utils.data import DataLoader
 
+from data.degradations import on_batch as batched
+from data.degradations import realesrgan, steps
+from data.degradations.on_image import add_sharpening, apply
+from data.degradations.realesrgan import REAL_ESRGAN, RESSHIFT, SSL_FORK, SSL_TEST, STABLE_SR, draw_realesrgan
+from data.degradations.steps import Blur, Clip, Jpeg, Noise, Poisson, Resize
 from data.select_dataset import define_Dataset
 from tests.conftest import photograph
 from tests.golden_numbers import figures
-from utils import utils_degrade_batch as batched
-from utils import utils_degrade_steps as steps
-from utils import utils_realesrgan as realesrgan
-from utils.utils_degrade_image import add_sharpening, apply
-from utils.utils_degrade_steps import Blur, Clip, Jpeg, Noise, Poisson, Resize
 from utils.utils_image import imsave, single2tensor3, uint2single, uint2tensor4
 from utils.utils_option import DatasetOptions
-from utils.utils_realesrgan import REAL_ESRGAN, RESSHIFT, SSL_FORK, SSL_TEST, STABLE_SR, draw_realesrgan
 
 STRENGTHS = [REAL_ESRGAN, SSL_FORK, STABLE_SR, RESSHIFT, SSL_TEST]
 

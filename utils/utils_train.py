@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from data.degradations.select_degradation import Degrader
 from utils import utils_dist
-from utils.utils_degrade import Degrader
 from utils.utils_error import ArgumentParser, UserError
 from utils.utils_loader import EndlessBatchSampler, batches, training_loader
 from utils.utils_logger import Progress, close_file, setup

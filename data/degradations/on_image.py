@@ -1,6 +1,6 @@
 """Random degradations of one image on the CPU, with OpenCV and in float32: what data sets and data preparation use.
 
-Images are float32 ``(H, W, C)`` in [0, 1], C 1 or 3. The rarer steps are utils_degrade_batch's, on a batch of one.
+Images are float32 ``(H, W, C)`` in [0, 1], C 1 or 3. The rarer steps are on_batch.py's, on a batch of one.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from utils import utils_degrade_batch as batched
-from utils.utils_degrade_steps import Blur, Camera, Clip, Jpeg, Noise, Poisson, Resize, Step, Thin
+from data.degradations import on_batch as batched
+from data.degradations.steps import Blur, Camera, Clip, Jpeg, Noise, Poisson, Resize, Step, Thin
 from utils.utils_image import Array, imresize_np, single2tensor3, uint2single
 
 Image = NDArray[np.float32]

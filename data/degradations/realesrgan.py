@@ -4,7 +4,7 @@ Wang et al., "Real-ESRGAN: Training Real-World Blind Super-Resolution with Pure 
 https://arxiv.org/abs/2107.10833.
 
 Two things differ from the published code. A whole batch shares its resize factors and kinds of noise there, which a
-pool of pairs then mixes; here every sample has draws of its own, and the pool is a choice (utils_degrade). The first
+pool of pairs then mixes; here every sample has draws of its own, and the pool is a choice (select_degradation.py). The first
 resize leaves the image up to a pixel of its new size out of place there; here it fills its frame.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from utils.utils_degrade_steps import Blur, Clip, Filter, Jpeg, Noise, Poisson, Resize, Step
+from data.degradations.steps import Blur, Clip, Filter, Jpeg, Noise, Poisson, Resize, Step
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from scipy.fft import next_fast_len
 from torch import Tensor
 from torch.nn import functional as F
 
-from utils.utils_degrade_steps import Blur, Camera, Clip, Codec, Filter, Jpeg, Noise, Poisson, Resize, Step, Thin
+from data.degradations.steps import Blur, Camera, Clip, Codec, Filter, Jpeg, Noise, Poisson, Resize, Step, Thin
 from utils.utils_image import Array, imresize
 
 
@@ -145,7 +145,7 @@ def filter2d(img: Tensor, kernels: Sequence[Array], sizes: Array | None = None) 
 
 
 def sharpen(img: Tensor, weight: float = 0.5, radius: int = 50, threshold: float = 10) -> Tensor:
-    """Unsharp masking of ``(N, C, H, W)``: utils_degrade_image.add_sharpening on the device."""
+    """Unsharp masking of ``(N, C, H, W)``: on_image.add_sharpening on the device."""
     side = radius + 1 - radius % 2
     x = torch.arange(side, dtype=torch.float64) - side // 2
     profile = torch.exp(-(x**2) / (2 * (0.3 * ((side - 1) / 2 - 1) + 0.8) ** 2))  # OpenCV's width for a size

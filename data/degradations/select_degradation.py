@@ -1,6 +1,6 @@
 """Random degradations by name: of one image for files and data sets, of batches on the training device.
 
-The names are those of the option ``degradation_type``; what each draws is in utils_blindsr and utils_realesrgan.
+The names are those of the option ``degradation_type``; what each draws is in bsrgan and realesrgan.
 """
 
 import hashlib
@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from utils import utils_blindsr, utils_degrade_batch, utils_degrade_image, utils_realesrgan
-from utils.utils_blindsr import draw_bsrgan, draw_bsrgan_plus
-from utils.utils_degrade_steps import Step
+from data.degradations import bsrgan, on_batch, on_image, realesrgan
+from data.degradations.bsrgan import draw_bsrgan, draw_bsrgan_plus
+from data.degradations.realesrgan import draw_realesrgan
+from data.degradations.steps import Step
 from utils.utils_image import Array, modcrop, single2uint, uint2single
 from utils.utils_option import DatasetOptions
-from utils.utils_realesrgan import draw_realesrgan
 
 Draw = Callable[[tuple[int, int, int], int, np.random.Generator], list[Step]]
 """From the shape (height, width, channels) of H, the scale and a generator to steps."""
@@ -28,20 +28,20 @@ Draw = Callable[[tuple[int, int, int], int, np.random.Generator], list[Step]]
 def _draw_blind_test(shape: tuple[int, int, int], sf: int, rng: np.random.Generator) -> list[Step]:
     """The SSL paper's blind test images: 0.6 of them by Real-ESRGAN, the others by BSRGAN, all mildly."""
     if rng.random() < 0.6:
-        return draw_realesrgan(shape, sf, rng, utils_realesrgan.SSL_TEST)
-    return draw_bsrgan(shape, sf, rng, utils_blindsr.SSL_TEST)
+        return draw_realesrgan(shape, sf, rng, realesrgan.SSL_TEST)
+    return draw_bsrgan(shape, sf, rng, bsrgan.SSL_TEST)
 
 
 _BSRGAN = {
-    "bsrgan": (draw_bsrgan, utils_blindsr.KAIR),
-    "bsrgan_light": (draw_bsrgan, utils_blindsr.SSL_FORK),
-    "bsrgan_plus": (draw_bsrgan_plus, utils_blindsr.KAIR),
+    "bsrgan": (draw_bsrgan, bsrgan.KAIR),
+    "bsrgan_light": (draw_bsrgan, bsrgan.SSL_FORK),
+    "bsrgan_plus": (draw_bsrgan_plus, bsrgan.KAIR),
 }
 _REALESRGAN = {
-    "realesrgan": utils_realesrgan.REAL_ESRGAN,
-    "realesrgan_light": utils_realesrgan.SSL_FORK,
-    "stablesr": utils_realesrgan.STABLE_SR,
-    "resshift": utils_realesrgan.RESSHIFT,
+    "realesrgan": realesrgan.REAL_ESRGAN,
+    "realesrgan_light": realesrgan.SSL_FORK,
+    "stablesr": realesrgan.STABLE_SR,
+    "resshift": realesrgan.RESSHIFT,
 }
 DEGRADATIONS: dict[str, Draw] = {
     **{name: partial(draw, strength=strength) for name, (draw, strength) in _BSRGAN.items()},
@@ -91,7 +91,7 @@ def degrade_image(
     rng = np.random.default_rng((seed, int.from_bytes(digest, "big")))
     img = np.ascontiguousarray(modcrop(H if H.dtype == np.float32 else uint2single(H), scale))
     steps = DEGRADATIONS[degradation_type]((img.shape[0], img.shape[1], img.shape[2]), scale, rng)
-    L = single2uint(utils_degrade_image.apply(img, steps, rng))
+    L = single2uint(on_image.apply(img, steps, rng))
     record = {"degradation_type": degradation_type, "scale": scale, "seed": seed, "name": name}
     return L, {**record, "steps": [step.record() for step in steps]}
 
@@ -126,11 +126,11 @@ class Degrader:
         images: dict[str, Tensor] = {name: batch[name].to(self.device, non_blocking=True) for name in given}
         H = images["H"]
         if self.opt.use_sharp:
-            H = utils_degrade_batch.sharpen(H)
+            H = on_batch.sharpen(H)
             images["H" if sharpens_H(self.opt.degradation_type) else "H_usm"] = H
         channels, height, width = H.shape[1:]
         plans = [self.draw((height, width, channels), self.opt.scale, rng) for _ in H]
-        images["L"] = utils_degrade_batch.apply_batch(H, plans, generator)
+        images["L"] = on_batch.apply_batch(H, plans, generator)
         if self.opt.lq_patchsize:
             images = self._cut(images, self.opt.lq_patchsize, rng)
         if self.opt.pair_pool:

@@ -1,8 +1,8 @@
 """The steps that random degradations are made of, with all their figures; their kernels.
 
-A degradation is drawn first and applied then. What is drawn (utils_blindsr, utils_realesrgan) is a list of these steps,
-made without looking at an image. It can be applied to one image on the CPU (utils_degrade_image) or to a batch on a GPU
-(utils_degrade_batch), and it is the record of what was done. Kernels are float64 and sum to 1.
+A degradation is drawn first and applied then. What is drawn (bsrgan.py, realesrgan.py) is a list of these steps,
+made without looking at an image. It can be applied to one image on the CPU (on_image.py) or to a batch on a GPU
+(on_batch.py), and it is the record of what was done. Kernels are float64 and sum to 1.
 """
 
 from dataclasses import asdict, dataclass
@@ -136,7 +136,7 @@ class Camera(Step):
     red_gain: float  # white balance
     blue_gain: float
     exposure: float  # factor of the development
-    cameras: tuple[float, ...]  # weights of the colour matrices of utils_degrade_batch.XYZ_TO_CAMERA
+    cameras: tuple[float, ...]  # weights of the colour matrices of on_batch.XYZ_TO_CAMERA
 
 
 @dataclass(frozen=True)

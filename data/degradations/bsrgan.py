@@ -2,14 +2,14 @@
 
 Zhang et al., "Designing a Practical Degradation Model for Deep Blind Image Super-Resolution", ICCV 2021,
 https://arxiv.org/abs/2103.14006; KAIR's ``utils_blindsr.degradation_bsrgan`` and ``degradation_bsrgan_plus``. KAIR has
-a place for a camera pipeline and brings none; ours (utils_degrade_batch) is off unless ``camera_prob`` is set.
+a place for a camera pipeline and brings none; ours (on_batch.py) is off unless ``camera_prob`` is set.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from utils.utils_degrade_steps import Blur, Camera, Filter, Jpeg, Noise, Poisson, Resize, Step, Thin
+from data.degradations.steps import Blur, Camera, Filter, Jpeg, Noise, Poisson, Resize, Step, Thin
 from utils.utils_image import Array
 
 _FILTERS: tuple[Filter, ...] = ("linear", "cubic", "area")
