@@ -25,13 +25,13 @@ from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
-from data.demo import prepare_demo
 from data.files import group_files
-from data.pack import pack_lmdb
-from data.prepare import MULTISCALE_PRESETS, STEPS, Multiscale, PairedSubimages, Subimages, at_least
-from data.report import Folders, folders_of, report
+from data.preparation.demo import prepare_demo
+from data.preparation.pack import pack_lmdb
+from data.preparation.run import Step, prepare
+from data.preparation.steps import MULTISCALE_PRESETS, STEPS, Multiscale, PairedSubimages, Subimages, at_least
+from data.preparation.survey import Folders, folders_of, report
 from utils.utils_error import ArgumentParser, UserError, run
-from utils.utils_prepare import Step, prepare
 
 
 def _command(commands: Any, name: str, text: str, example: str) -> Any:

@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from data.files import list_files
-from data.pack import pack_lmdb
+from data.preparation import run
+from data.preparation.pack import pack_lmdb
 from evaluation.report import check_output, output_names, write_csv
 from main_prepare_data import main as prepare_main
 from main_show_ssg import main as show_main
 from main_test import main as restore_main
 from tests.conftest import photograph
 from tests.test_main_test import save_images, save_run
-from utils import utils_lmdb, utils_logger, utils_prepare
+from utils import utils_lmdb, utils_logger
 from utils.utils_error import UserError, accept_all_characters, printable
 from utils.utils_image import imread_uint, imsave
 from utils.utils_name import cell, output_path, safe_name
@@ -65,7 +66,7 @@ NASTY = [
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
-    monkeypatch.setattr(utils_prepare, "ALONE", float("inf"))
+    monkeypatch.setattr(run, "ALONE", float("inf"))
 
 
 @pytest.mark.parametrize("name", NASTY, ids=ascii)

@@ -16,15 +16,15 @@ from PIL import Image
 from scipy.io import loadmat
 from torch.utils.data import DataLoader
 
-from data import pack
-from data.alignment import find_shifts, unlikeness_of_shifts
 from data.degradations.select_degradation import degrade_image
-from data.duplicates import near_duplicates, thumbnail
-from data.prepare import MULTISCALE_PRESETS, Subimages, matlab_bicubic
+from data.preparation import pack, run
+from data.preparation.alignment import find_shifts, unlikeness_of_shifts
+from data.preparation.duplicates import near_duplicates, thumbnail
+from data.preparation.steps import MULTISCALE_PRESETS, Subimages, matlab_bicubic
 from data.select_dataset import define_Dataset
 from main_prepare_data import main
 from tests.conftest import photograph
-from utils import utils_lmdb, utils_prepare
+from utils import utils_lmdb
 from utils.utils_error import UserError
 from utils.utils_image import get_image_paths, image_size, imread_uint, imsave, modcrop, read_mask
 from utils.utils_option import DatasetOptions
@@ -33,7 +33,7 @@ from utils.utils_option import DatasetOptions
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
     """Nothing here takes so long that other processes should help; one test asks for them."""
-    monkeypatch.setattr(utils_prepare, "ALONE", float("inf"))
+    monkeypatch.setattr(run, "ALONE", float("inf"))
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def test_a_killed_preparation_goes_on_to_the_same_result(tmp_path, photos, comma
 
     calls = count()
 
-    def kill_in_the_second(image, path, save=utils_prepare._save, calls=calls):
+    def kill_in_the_second(image, path, save=run._save, calls=calls):
         if next(calls) == 1:
             path.with_name(f"{path.name}.999.part").write_bytes(b"half")
             raise KilledError
@@ -251,7 +251,7 @@ def test_a_killed_preparation_goes_on_to_the_same_result(tmp_path, photos, comma
 
     prepare(command, photos, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(utils_prepare, "_save", kill_in_the_second)
+        patch.setattr(run, "_save", kill_in_the_second)
         with pytest.raises(KilledError):
             prepare(command, photos, tmp_path / "killed")
     if (manifest := tmp_path / "killed/manifest.jsonl").exists():
@@ -335,7 +335,7 @@ def test_a_disk_that_cannot_be_written_ends_the_command(tmp_path, photos, monkey
     def full(*_, **__):
         raise UserError("out/a.png cannot be written: No space left on device")
 
-    monkeypatch.setattr(utils_prepare, "imsave", full)
+    monkeypatch.setattr(run, "imsave", full)
     with pytest.raises(UserError, match="No space left"):
         prepare("modcrop", photos, tmp_path / "out")
 
@@ -344,7 +344,7 @@ def test_processes_give_what_one_process_gives(tmp_path, photos, monkeypatch):
     (photos / "zero.png").touch()
     command = "lr-blind --type realesrgan --versions 2"
     assert prepare(command, photos, tmp_path / "one") == 1
-    monkeypatch.setattr(utils_prepare, "ALONE", -1.0)
+    monkeypatch.setattr(run, "ALONE", -1.0)
     assert prepare(f"{command} --workers 2", photos, tmp_path / "two") == 1
     assert content(tmp_path / "two") == content(tmp_path / "one")
 

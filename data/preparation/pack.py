@@ -11,11 +11,11 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from data.preparation.run import IMAGE_ERRORS, SETTINGS, Outcome, Tally, check_settings, claim, one_line, run_all
 from evaluation.report import check_output, output_names
 from utils.utils_error import UserError, printable
 from utils.utils_image import decode, get_image_paths, get_mask_paths, read_file, read_mask
 from utils.utils_lmdb import META, import_lmdb
-from utils.utils_prepare import IMAGE_ERRORS, SETTINGS, Outcome, Tally, check_settings, claim, one_line, run_all
 from utils.utils_run import write_atomically
 
 _UNFINISHED = "meta_info.unfinished"
@@ -28,7 +28,7 @@ def pack_lmdb(inputs: Sequence[str], output: Path, are_masks: bool, workers: int
     The files go in as they are, each decoded once to see that it is sound. What is in already is skipped;
     ``meta_info.txt`` comes last, so that a folder with half of the images is not taken for whole.
 
-    Raises UserError where nothing can be done, as :func:`utils.utils_prepare.prepare`.
+    Raises UserError where nothing can be done, as :func:`data.preparation.run.prepare`.
     """
     if output.suffix != ".lmdb":
         raise UserError(f"--output {output}: the name of an LMDB folder ends in .lmdb")

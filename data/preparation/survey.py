@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.alignment import find_shifts, unlikeness_of_shifts
-from data.duplicates import equal_images, near_duplicates, thumbnail
 from data.files import find_partners, group_versions, list_files
+from data.preparation.alignment import find_shifts, unlikeness_of_shifts
+from data.preparation.duplicates import equal_images, near_duplicates, thumbnail
+from data.preparation.run import run_all
 from utils.utils_error import UserError, printable
 from utils.utils_image import (
     IMAGE_SUFFIXES,
@@ -32,7 +33,6 @@ from utils.utils_image import (
 )
 from utils.utils_lmdb import is_lmdb
 from utils.utils_option import DatasetOptions, parse
-from utils.utils_prepare import run_all
 from utils.utils_tiff import TiffFacts
 
 _WIDTH = 80

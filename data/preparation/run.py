@@ -1,6 +1,6 @@
 """One step of preparation over a folder of images: in parallel, resumable, never half written, one bad image no end.
 
-A step (``data/prepare.py``) says which files it makes of an image, and makes them. Here it is run over all images:
+A step (``steps.py``) says which files it makes of an image, and makes them. Here it is run over all images:
 
 * A file appears under its name when it is whole; what is there already is skipped. So a preparation that was stopped,
   or killed, is finished by the same command, with the same result.

@@ -1,7 +1,7 @@
 """The steps of preparing data: multi-scale versions, sub-images, edge masks, low-quality images.
 
 The figures are those of the SSL paper's data (https://arxiv.org/abs/2408.05713) unless they are said to be others'.
-utils/utils_prepare.py runs a step over a folder. Bit depth and number of channels are kept; outputs are PNG.
+data/preparation/run.py runs a step over a folder. Bit depth and number of channels are kept; outputs are PNG.
 """
 
 import math
@@ -16,10 +16,10 @@ from PIL import Image
 
 from data.degradations.select_degradation import DEGRADATIONS, degrade_image
 from data.files import list_files
+from data.preparation.run import Product, Step, option
 from utils.utils_error import UserError
 from utils.utils_image import Array, image_size, imread_uint, imresize_np, modcrop, uint2tensor4
 from utils.utils_option import DatasetOptions
-from utils.utils_prepare import Product, Step, option
 from utils.utils_ssl import edge_mask
 
 _MOST_PIXELS = 1 << 28  # of an image that is made: 800 MB in 8 bits
