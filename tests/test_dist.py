@@ -18,14 +18,14 @@ import torch
 import torch.distributed as dist
 
 from data.dataset_blindsr import DatasetBlindSR
+from data.loader import SampleKey
 from models.model_base import ModelBase
 from tests.conftest import REPOSITORY, photograph
 from tests.training import SSL, Workplace, tree
+from training.loop import training_options
 from utils import utils_dist
 from utils.utils_error import UserError
 from utils.utils_image import imsave
-from utils.utils_loader import SampleKey
-from utils.utils_train import training_options
 
 
 @pytest.fixture

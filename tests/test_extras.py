@@ -12,6 +12,7 @@ from scipy.io import savemat
 
 import main_prepare_data
 from data.check import check_dataset
+from data.loader import one_by_one
 from data.select_dataset import define_Dataset
 from main_test import main
 from tests.conftest import photograph
@@ -19,7 +20,6 @@ from tests.test_main_test import save_checkpoint
 from utils import utils_image as util
 from utils.utils_error import UserError
 from utils.utils_icc import foreign_profile
-from utils.utils_loader import one_by_one
 from utils.utils_option import DatasetOptions, parse
 from utils.utils_png import encode_png, png_chunks
 from utils.utils_tiff import upright

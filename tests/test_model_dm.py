@@ -21,10 +21,10 @@ from tests.conftest import REPOSITORY, photograph
 from tests.test_dist import torchrun
 from tests.tiny_sd import write_tiny_sd
 from tests.training import SSL, Workplace, assert_same
+from training.loop import training_options
 from utils.utils_error import UserError
 from utils.utils_image import imread_uint, imsave
 from utils.utils_option import parse, strip_comments
-from utils.utils_train import training_options
 
 pytest.importorskip("diffusers")
 

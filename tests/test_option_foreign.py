@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+import training.loop as training
 import utils.utils_option as options
-import utils.utils_train as training
 from data.check import check_dataset
 from data.files import list_files
 from data.select_dataset import define_Dataset

@@ -206,7 +206,7 @@ def test_the_checkpoint_that_orders_best_is_kept(work: Results) -> None:
     often = ("train.checkpoint_test=1", "train.checkpoint_save=1", "train.checkpoint_keep=1")
     shares = iter((0.5, 0.75, 0.25, 0.5))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("utils.utils_train.validate_ranker", lambda *a: next(shares))
+        patch.setattr("training.loop.validate_ranker", lambda *a: next(shares))
         work.run(*often)
     assert saved_steps(work.folder() / "models") == [4, 2]
 

@@ -24,12 +24,12 @@ from models.model_gan import ModelGAN
 from tests.conftest import REPOSITORY, photograph
 from tests.test_option import KAIR
 from tests.training import SSL, Workplace, assert_same, tree
+from training.validate import validate
 from utils.utils_checkpoint import unwrap
 from utils.utils_error import UserError, run
 from utils.utils_image import imread_uint, imsave
 from utils.utils_resume import Checkpoints, newest_generator
 from utils.utils_ssl import SelfSimilarityLoss, edge_mask
-from utils.utils_validate import validate
 
 GAN = ("model=gan", *SSL)
 LAST = (*GAN, "train.channels_last=true")
@@ -211,7 +211,7 @@ def test_a_run_leaves_kairs_files_a_log_a_grid_and_a_board(work: Workplace) -> N
 
 def test_only_the_newest_and_the_best_checkpoint_are_kept(work: Workplace, monkeypatch) -> None:
     scores = iter([20.0, 30.0, 25.0, 24.0])
-    monkeypatch.setattr("utils.utils_train.validate", lambda *a: {"psnr": next(scores), "ssim": 0.5})
+    monkeypatch.setattr("training.loop.validate", lambda *a: {"psnr": next(scores), "ssim": 0.5})
     each = ("train.checkpoint_save=1", "train.checkpoint_test=1", "train.checkpoint_keep=1")
     work.run(*each, "train.iterations=3")
     assert sorted({p.name.split("_")[0] for p in (work.folder() / "models").iterdir()}) == ["2", "3"]
@@ -260,7 +260,7 @@ def test_a_state_with_wrong_numbers_is_left_out_in_a_line_each(work: Workplace, 
 
 def test_a_perfect_score_stays_the_best_over_a_restart(work: Workplace, monkeypatch) -> None:
     scores = iter([float("inf"), 30.0, float("nan")])
-    monkeypatch.setattr("utils.utils_train.validate", lambda *a: {"psnr": next(scores), "ssim": 1.0})
+    monkeypatch.setattr("training.loop.validate", lambda *a: {"psnr": next(scores), "ssim": 1.0})
     each = ("train.checkpoint_save=1", "train.checkpoint_test=1", "train.checkpoint_keep=1")
     for last in (1, 2, 3):
         work.run(*each, f"train.iterations={last}")
@@ -316,7 +316,7 @@ def test_leftovers_of_a_later_step_do_not_push_out_what_is_saved_now(work: Workp
 
 
 def test_a_perfect_score_does_not_break_the_next_run(work: Workplace, monkeypatch) -> None:
-    monkeypatch.setattr("utils.utils_train.validate", lambda *a: {"psnr": float("inf"), "ssim": 1.0})
+    monkeypatch.setattr("training.loop.validate", lambda *a: {"psnr": float("inf"), "ssim": 1.0})
     work.run("train.iterations=2")
     work.run("train.iterations=3")  # JSON has no infinity: the state holds null
     assert "done at step 3" in work.log()
@@ -490,7 +490,7 @@ def test_images_that_cannot_be_read_are_named_and_others_take_their_place(work: 
 
 
 def test_an_image_that_breaks_while_training_is_one_line_from_a_worker_too(work: Workplace, monkeypatch) -> None:
-    monkeypatch.setattr("utils.utils_train._make_run_folder", lambda opt, seed: _break_images(work))
+    monkeypatch.setattr("training.loop._make_run_folder", lambda opt, seed: _break_images(work))
     work.options["path"]["root"] = str(work.root / "runs")
     with pytest.raises(UserError) as error:
         work.run("datasets.train.dataloader_num_workers=1")
@@ -906,14 +906,14 @@ def test_batches_larger_than_the_set_work(work: Workplace) -> None:
 
 
 def test_overrides_stand_on_either_side_of_opt(work: Workplace) -> None:
-    from utils.utils_train import training_options
+    from training.loop import training_options
 
     opt = training_options(None, ["plain"], ["task=a", "--opt", work.file(), "scale=2"])
     assert (opt.task, opt.scale) == ("a", 2)
 
 
 def test_a_file_for_another_script_is_told_which(work: Workplace) -> None:
-    from utils.utils_train import training_options
+    from training.loop import training_options
 
     with pytest.raises(UserError, match=r"train it with main_train_gan\.py"):
         training_options(None, ["plain"], ["--opt", work.file(), "model=gan"])

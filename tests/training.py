@@ -12,9 +12,9 @@ from data.select_dataset import define_Dataset
 from models.model_base import ModelBase
 from models.select_model import define_Model
 from tests.conftest import photograph
+from training.loop import train, training_options
 from utils.utils_image import imsave
 from utils.utils_option import parse
-from utils.utils_train import train, training_options
 
 SSL = ("train.ssl_l1_weight=50", "train.ssl_kl_weight=50", "train.kernel_size_search=9", "train.kernel_size_window=3")
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from data.loader import one_by_one
 from utils import utils_dist
 from utils.utils_image import calculate_psnr, calculate_ssim, imsave, tensor2uint
-from utils.utils_loader import one_by_one
 from utils.utils_tile import enough_memory, tile_remedy
 
 logger = logging.getLogger(__name__)

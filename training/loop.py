@@ -19,15 +19,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data.degradations.select_degradation import Degrader
+from data.loader import EndlessBatchSampler, batches, training_loader
+from training.validate import validate, validate_ranker
 from utils import utils_dist
 from utils.utils_error import ArgumentParser, UserError
-from utils.utils_loader import EndlessBatchSampler, batches, training_loader
 from utils.utils_logger import Progress, close_file, setup
 from utils.utils_name import output_path, safe_name
 from utils.utils_option import DatasetOptions, Options, is_read, parse, patch_size
 from utils.utils_resume import Checkpoints, saved_steps
 from utils.utils_run import run_facts, save_json
-from utils.utils_validate import validate, validate_ranker
 
 logger = logging.getLogger(__name__)
 
