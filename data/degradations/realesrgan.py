@@ -4,8 +4,8 @@ Wang et al., "Real-ESRGAN: Training Real-World Blind Super-Resolution with Pure 
 https://arxiv.org/abs/2107.10833.
 
 Two things differ from the published code. A whole batch shares its resize factors and kinds of noise there, which a
-pool of pairs then mixes; here every sample has draws of its own, and the pool is a choice (select_degradation.py). The first
-resize leaves the image up to a pixel of its new size out of place there; here it fills its frame.
+pool of pairs then mixes; here every sample has draws of its own, and the pool is a choice (select_degradation.py). The
+first resize leaves the image up to a pixel of its new size out of place there; here it fills its frame.
 """
 
 from dataclasses import dataclass
