@@ -23,13 +23,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from data.check import check_dataset
+from data.dataset_base import DatasetBase
+from data.dataset_l import DatasetL
 from data.files import group_files
 from data.select_dataset import define_Dataset
 from evaluation.metrics import GROUPS, METRICS, Measurer, choose
@@ -191,7 +192,9 @@ def _check_models(models: list[Restorer]) -> None:
             raise UserError(f"{model.label!r} cannot be the name of a folder; write another as NAME=PATH")
 
 
-def _restore_set(job: Job, data: DatasetOptions, dataset: Any, names: list[str], report: Report) -> None:
+def _restore_set(
+    job: Job, data: DatasetOptions, dataset: DatasetBase | DatasetL, names: list[str], report: Report
+) -> None:
     """Restore, save and report the images of a set."""
     scale, lost_profiles = data.scale, 0
     bar = tqdm(names, desc=data.name, unit="image", dynamic_ncols=True, disable=not sys.stderr.isatty())
@@ -245,14 +248,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     _check_models(job.models)
     prepared = []
     for data in job.sets:
-        dataset: Any = define_Dataset(data)
-        paths = dataset.paths if data.dataset_type == "l" else [files.L or files.H for files in dataset.files]
+        dataset = define_Dataset(data)
+        paths = [files.L or files.H for files in dataset.files]
         roots = [root for given in (data.dataroot_L, data.dataroot_H) if given for root in np.atleast_1d(given)]
         names = output_names(paths, roots)
         prepared.append((data, dataset, names))
-        files = [f"{model.label}/{data.name}/{name}.png" for model in job.models for name in names]
-        inputs = paths if data.dataset_type == "l" else [p for files in dataset.files for p in files if p]
-        check_output(job.output, inputs, roots, [*RESULTS, *files])
+        restored = [f"{model.label}/{data.name}/{name}.png" for model in job.models for name in names]
+        inputs = [path for files in dataset.files for path in files if path]
+        check_output(job.output, inputs, roots, [*RESULTS, *restored])
         # Without ground truth any size will do.
         check_dataset(data)
     counts = {data.name: len(names) for data, _, names in prepared}

@@ -5,15 +5,12 @@ python main_train_psnr.py --opt options/train_bsrgan_psnr.json train.iterations=
 torchrun --nproc_per_node=2 main_train_psnr.py --opt options/train_bsrgan_psnr.json
 """
 
-from data.check import check_dataset
-from data.select_dataset import define_Dataset
-from models.select_model import define_Model
 from training.loop import train, training_options
 from utils.utils_dist import run
 
 
 def main() -> None:
-    train(training_options(__doc__, models=["plain"]), define_Model, define_Dataset, check_dataset)
+    train(training_options(__doc__, models=["plain"]))
 
 
 if __name__ == "__main__":

@@ -22,13 +22,14 @@ class DatasetL(Dataset[dict[str, Any]]):
         if not dataset_opt.dataroot_L:
             raise UserError(f"datasets.{dataset_opt.phase}.dataroot_L is not set: name the folder of images to restore")
         self.n_channels = dataset_opt.n_channels
+        # The one image of an item stands where data sets with ground truth have H.
         files = [Files(path, None, None) for path in get_image_paths(dataset_opt.dataroot_L)]
-        self.paths = [path for path, *_ in leave_out_unreadable(files, dataset_opt.phase, self.n_channels)]
+        self.files = leave_out_unreadable(files, dataset_opt.phase, self.n_channels)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        path = self.paths[index]
+        path = self.files[index].H
         img, extras = read_image(path, self.n_channels)
         return {"L": uint2tensor3(img), "L_path": path, "L_extras": extras}

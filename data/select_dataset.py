@@ -1,9 +1,6 @@
 """From ``dataset_type`` to a data set."""
 
-from typing import Any
-
-from torch.utils.data import Dataset
-
+from data.dataset_base import DatasetBase
 from data.dataset_blindsr import DatasetBlindSR
 from data.dataset_l import DatasetL
 from data.dataset_rank import DatasetRank
@@ -12,7 +9,7 @@ from utils.utils_error import UserError
 from utils.utils_option import DatasetOptions
 
 
-def define_Dataset(dataset_opt: DatasetOptions) -> Dataset[dict[str, Any]]:
+def define_Dataset(dataset_opt: DatasetOptions) -> DatasetBase | DatasetL:
     """The data set of ``dataset_opt.dataset_type``; the ``mask`` variants add edge masks from ``dataroot_H_mask``.
 
     Raises UserError for an unknown type, for missing or empty folders and for images without a partner.

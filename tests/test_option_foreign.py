@@ -13,10 +13,7 @@ import pytest
 
 import training.loop as training
 import utils.utils_option as options
-from data.check import check_dataset
 from data.files import list_files
-from data.select_dataset import define_Dataset
-from models.select_model import define_Model
 from tests.conftest import photograph
 from tests.training import SSL, Workplace
 from utils.utils_error import UserError
@@ -338,7 +335,7 @@ def test_an_option_that_is_not_named_is_read_in_training(
 
     monkeypatch.setattr(training, "is_read", lambda _: expected)
     monkeypatch.setattr(Section, "__getattribute__", read)
-    training.train(opt, define_Model, define_Dataset, check_dataset)
+    training.train(opt)
     monkeypatch.undo()
 
     silent = {

@@ -559,7 +559,7 @@ def test_what_stands_in_the_way_of_a_runs_files_stops_it_before_anything_is_buil
         pytest.skip("that is what it should be")
     if kind == "link" and os.name == "nt":
         pytest.skip("Windows asks for a privilege to make one")
-    monkeypatch.setattr("tests.training.define_Model", None)
+    monkeypatch.setattr("training.loop.define_Model", None)
     work.folder().mkdir(parents=True)
     path = work.folder() / name
     if kind == "link":

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from data.check import check_dataset
 from data.select_dataset import define_Dataset
 from models.model_base import ModelBase
 from models.select_model import define_Model
@@ -67,7 +66,7 @@ class Workplace:
         """What ``python main_train_x.py --opt ... overrides`` does, in this process."""
         arguments = ["--opt", self.file(), *overrides]
         opt = training_options(None, ["plain", "gan", "spsr", "dm", "ranker"], arguments)
-        train(opt, define_Model, define_Dataset, check_dataset)
+        train(opt)
 
     def model(self, *overrides: str, seed: int = 0) -> ModelBase:
         """The model alone."""

@@ -1,4 +1,4 @@
-"""The training loop, one for all scripts: it is handed the functions that build the model and the data sets."""
+"""The training loop, one for all scripts: it builds the data sets and the model that the options name, and trains."""
 
 import argparse
 import gc
@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,8 +18,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from data.check import check_dataset
 from data.degradations.select_degradation import Degrader
 from data.loader import EndlessBatchSampler, batches, training_loader
+from data.select_dataset import define_Dataset
+from models.model_base import ModelBase, ModelSR
+from models.model_ranker import ModelRanker
+from models.select_model import define_Model
 from training.validate import validate, validate_ranker
 from utils import utils_dist
 from utils.utils_error import ArgumentParser, UserError
@@ -30,9 +35,6 @@ from utils.utils_resume import Checkpoints, saved_steps
 from utils.utils_run import run_facts, save_json
 
 logger = logging.getLogger(__name__)
-
-# What the loop needs of a model is models.model_base.ModelBase; utils know no models, so it is not named here.
-Model = Any
 
 
 def training_options(description: str | None, models: Sequence[str], argv: Sequence[str] | None = None) -> Options:
@@ -55,12 +57,7 @@ def training_options(description: str | None, models: Sequence[str], argv: Seque
     return opt
 
 
-def train(
-    opt: Options,
-    define_Model: Callable[[Options, torch.device], Model],
-    define_Dataset: Callable[[DatasetOptions], Dataset],
-    check_dataset: Callable[[DatasetOptions], None],
-) -> None:
+def train(opt: Options) -> None:
     """Train to ``train.iterations``, going on from the newest complete checkpoint of the run if there is one.
 
     Nothing is written before the options, the paths, the networks and the images have been checked. Ctrl-C or SIGTERM
@@ -73,7 +70,7 @@ def train(
     setup(quiet=utils_dist.rank() > 0)
     try:
         with _StopSignals() as stop:
-            run = _prepare(opt, define_Model, define_Dataset, check_dataset, device)
+            run = _prepare(opt, device)
             if run is not None:
                 _loop(run, stop)
         stopped_by = utils_dist.highest(stop.received, device)  # and none leaves while another still works
@@ -96,14 +93,14 @@ class _Run:
     device: torch.device
     seed: int
     step: int  # done already
-    model: Model
+    model: ModelBase
     loader: DataLoader
     degrade: Degrader | None  # where the data set gives H alone
-    test_sets: dict[str, Dataset]
+    test_sets: Mapping[str, Dataset]
     checkpoints: Checkpoints
 
 
-def _prepare(opt: Options, define_Model, define_Dataset, check_dataset, device: torch.device) -> _Run | None:
+def _prepare(opt: Options, device: torch.device) -> _Run | None:
     """Check and build everything, then make the run's folder; None where the run is at its end already."""
     data, rank, world_size = opt.train_set, utils_dist.rank(), utils_dist.world_size()
     assert data is not None
@@ -212,12 +209,13 @@ def _validate(run: _Run, step: int, progress: Progress) -> float | None:
     """Validate on every set; -> the first's PSNR or share of pairs in order, by which the best checkpoint is kept."""
     scores = []
     for name, test_set in run.test_sets.items():
-        if run.opt.model == "ranker":
+        if isinstance(run.model, ModelRanker):
             in_order = validate_ranker(run.model, test_set, run.device)
             progress.scalars(f"val/{name}", {"in_order": in_order})
             logger.info("step %d %s: %.2f %% of the pairs in order", step, name, 100 * in_order)
             scores.append(in_order)
             continue
+        assert isinstance(run.model, ModelSR)
         grid = output_path(run.opt.task_dir / "images", f"{safe_name(name)}_{step:08d}.png")
         result = validate(run.model, test_set, run.opt.scale, grid, run.opt.test.images, run.device)
         progress.scalars(f"val/{name}", result)

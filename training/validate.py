@@ -3,13 +3,14 @@
 import logging
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from data.loader import one_by_one
+from models.model_base import ModelSR
+from models.model_ranker import ModelRanker
 from utils import utils_dist
 from utils.utils_image import calculate_psnr, calculate_ssim, imsave, tensor2uint
 from utils.utils_tile import enough_memory, tile_remedy
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def validate(
-    model: Any, test_set: Dataset, scale: int, grid: Path, images: int, device: torch.device
+    model: ModelSR, test_set: Dataset, scale: int, grid: Path, images: int, device: torch.device
 ) -> dict[str, float]:
     """Mean PSNR (dB) and SSIM of a model over a set: RGB, 8 bit, border = scale; the processes share the images.
 
@@ -26,7 +27,7 @@ def validate(
     estimate that is not finite makes both means NaN.
 
     Args:
-        model: a ``models.model_base.ModelSR``.
+        model: what restores.
         test_set: items with L and H; items without H, or too small for SSIM, are restored for the grid only.
         grid: PNG to write, one row an image: L (pixels repeated), E and H where there is one.
         images: rows of the grid.
@@ -64,11 +65,11 @@ def validate(
     return {"psnr": sums["psnr"] / finite if finite else math.inf, "ssim": sums["ssim"] / count}
 
 
-def validate_ranker(model: Any, test_set: Dataset, device: torch.device) -> float:
+def validate_ranker(model: ModelRanker, test_set: Dataset, device: torch.device) -> float:
     """The share of a set's pairs that a ranker puts in order; the processes share the pairs.
 
     Args:
-        model: a ``models.model_ranker.ModelRanker``.
+        model: what orders.
         test_set: items with better and worse.
     """
     sums = {"in_order": 0.0, "count": 0.0}
