@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from utils.utils_download import PUBLISHED, Published, fetch, select, sha256_of
+from models.published import PUBLISHED, Published, fetch, select, sha256_of
 from utils.utils_error import ArgumentParser, UserError, run
 from utils.utils_name import output_path
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import main_download_pretrained_models as script
+from models import published as zoo
+from models.published import Published, fetch, part_of
 from tests.conftest import REPOSITORY
-from utils import utils_download
-from utils.utils_download import Published, fetch, part_of
 from utils.utils_error import UserError, run
 
 CONTENT = bytes(i * i % 251 for i in range(200_000))
@@ -86,7 +86,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(utils_download, "_WAIT", 0.0)
+    monkeypatch.setattr(zoo, "_WAIT", 0.0)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     state = Server()
     handler = type("Handler", (_Handler,), {"state": state})
@@ -109,7 +109,7 @@ def published(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
         Published("good", "hand.pth", "", "rrdbnet", 4, page="https://example.org/page"),
         Published("page", "page.pth", "", "rrdbnet", 4, page="https://example.org/other"),
     )
-    for module in (utils_download, script):
+    for module in (zoo, script):
         monkeypatch.setattr(module, "PUBLISHED", files)
 
 
@@ -145,7 +145,7 @@ def test_a_later_call_goes_on_with_what_an_interrupted_one_kept(server, tmp_path
     path = tmp_path / "a.pth"
     server.cuts = [70_000]
     with monkeypatch.context() as patched:
-        patched.setattr(utils_download.time, "sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(zoo.time, "sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             fetch(f"{server.address}/file", path)
     assert f"{part_of(path)} is kept" in capsys.readouterr().err
@@ -215,7 +215,7 @@ def test_tries_end_when_none_gets_further(server, tmp_path):
     with pytest.raises(UserError) as error:
         fetch(f"{server.address}/file", tmp_path / "a.pth")
     assert "cut at 70,000 of 200,000 bytes" in one_line(error)
-    assert len(server.asked) == 1 + utils_download._RETRIES
+    assert len(server.asked) == 1 + zoo._RETRIES
     assert not (tmp_path / "a.pth").exists()
     assert part_of(tmp_path / "a.pth").stat().st_size == 70_000  # for the next call
 
@@ -277,7 +277,7 @@ def test_an_empty_answer_is_no_file(server, tmp_path):
 
 def test_a_server_that_is_not_there_is_one_line_at_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(utils_download, "_WAIT", 0.0)
+    monkeypatch.setattr(zoo, "_WAIT", 0.0)
     with pytest.raises(UserError) as error:
         fetch("http://127.0.0.1:9/file", tmp_path / "a.pth")  # a port that nobody may listen on without rights
     assert "cannot be reached" in one_line(error)
@@ -288,7 +288,7 @@ def test_a_full_disk_is_one_line_and_not_the_networks_fault(server, tmp_path, mo
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(utils_download.os, "fsync", full)
+    monkeypatch.setattr(zoo.os, "fsync", full)
     with pytest.raises(UserError) as error:
         fetch(f"{server.address}/file", tmp_path / "a.pth")
     assert "No space left on device" in one_line(error)
@@ -379,17 +379,17 @@ def test_without_names_the_files_are_listed_with_what_is_there(published, tmp_pa
 
 
 def test_the_table_names_each_file_once_and_says_where_it_is():
-    names = [file.name.lower() for file in utils_download.PUBLISHED]
+    names = [file.name.lower() for file in zoo.PUBLISHED]
     assert len(set(names)) == len(names)
-    for file in utils_download.PUBLISHED:
+    for file in zoo.PUBLISHED:
         assert (file.url is None) != (file.page is None)
         assert file.url is None or (file.url.startswith("https://") and file.url.endswith("/" + file.name))
-    groups = [file.group for file in utils_download.PUBLISHED]
+    groups = [file.group for file in zoo.PUBLISHED]
     assert groups == sorted(groups, key=groups.index)  # the listing prints a group's files in one block
     assert "all" not in {*groups, *names}
 
 
 def test_the_readme_of_the_model_zoo_names_every_group():
     text = (REPOSITORY / "model_zoo" / "README.md").read_text()
-    for group in {file.group for file in utils_download.PUBLISHED}:
+    for group in {file.group for file in zoo.PUBLISHED}:
         assert f"`{group}`" in text
