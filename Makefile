@@ -27,7 +27,7 @@ check: $(VENV)/.installed-dev
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy .
 
-# Editors complete option files from this; run it after changing utils/utils_option.py.
+# Editors complete option files from this; run it after changing utils/utils_option*.py.
 schema: $(VENV)/.installed
 	$(RUN) -m utils.utils_option > options/schema.json
 

@@ -680,6 +680,16 @@ def test_several_mistakes_are_counted_in_one_line(base: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_each_side_has_its_optimizer(base: Path) -> None:
+    cosine = ["train.G_scheduler_type=CosineAnnealingLR", "train.iterations=12", "train.G_scheduler_warmup=2"]
+    train = parse(base, overrides=[*cosine, "train.D_optimizer_lr=4", "train.D_scheduler_milestones=[5, 9]"]).train
+    D, G = train.optimizer("D"), train.optimizer("G")
+    assert [D.lr_at(step) for step in (1, 4, 5, 8, 9)] == [4, 4, 2, 2, 1]  # gamma is 0.5
+    assert (D.warmup, D.cosine_end, G.cosine_end, G.clipgrad) == (0, None, 12, None)
+    assert [G.lr_at(step) / G.lr for step in (1, 2, 7, 12)] == pytest.approx([0.5, 1, 0.5, 0])
+    assert train.optimizer("R").lr == 1e-3
+
+
 def test_testing_needs_no_training_set_and_no_discriminator(base: Path) -> None:
     opt = parse(base, is_train=False, overrides=["datasets.train=null", "netD.net_type=nonsense"])
     assert opt.netD is None
