@@ -4,13 +4,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+# Overrides of the demo's options, as `make demo PSNR="train.iterations=4 ..." GAN="..."`: .ci/run trains a few steps.
+PSNR ?=
+GAN ?=
 
 .PHONY: demo demo-dm test check schema
 
 demo: $(VENV)/.installed
 	$(RUN) main_prepare_data.py demo
-	$(RUN) main_train_psnr.py --opt options/train_demo_psnr.json
-	$(RUN) main_train_gan.py --opt options/train_demo_gan_ssl.json
+	$(RUN) main_train_psnr.py --opt options/train_demo_psnr.json $(PSNR)
+	$(RUN) main_train_gan.py --opt options/train_demo_gan_ssl.json $(GAN)
 	$(RUN) main_test.py --model_path psnr=experiments/demo_psnr gan_ssl=experiments/demo_gan_ssl --gt testsets/demo
 
 demo-dm: $(VENV)/.installed-extra
@@ -18,8 +21,10 @@ demo-dm: $(VENV)/.installed-extra
 	$(RUN) main_train_dm.py --opt options/train_resshift_demo.json
 	$(RUN) main_test.py --model_path experiments/resshift_demo --gt testsets/demo
 
+# As many processes as there are cores; one alone, with its output: make test PYTEST="-n 0 -k NAME"
+PYTEST ?=
 test: $(VENV)/.installed-dev
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(PYTEST)
 
 # Style, types, and whether the generated schema is the one of the code.
 check: $(VENV)/.installed-dev
@@ -27,7 +32,7 @@ check: $(VENV)/.installed-dev
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy .
 
-# Editors complete option files from this; run it after changing utils/utils_option*.py.
+# Editors complete option files from this; run it after changing the options.
 schema: $(VENV)/.installed
 	$(RUN) -m utils.utils_option > options/schema.json
 

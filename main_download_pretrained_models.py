@@ -16,6 +16,7 @@ from pathlib import Path
 
 from utils.utils_download import PUBLISHED, Published, fetch, select, sha256_of
 from utils.utils_error import ArgumentParser, UserError, run
+from utils.utils_name import output_path
 
 
 def _list(folder: Path) -> None:
@@ -41,7 +42,7 @@ def _have(file: Published, path: Path) -> None:
     elif file.url is None:
         raise UserError(f"{file.name}: only by hand, from {file.page}; put it into {path.parent}")
     else:
-        found = fetch(file.url, path, file.size, file.sha256)
+        found = fetch(file.url, output_path(path.parent, path.name), file.size, file.sha256)
         state = "fetched"
     known = "as published" if file.sha256 else "the published one is not known here"
     print(f"{path}: {state}, {path.stat().st_size:,} bytes, SHA-256 {found} ({known})")

@@ -6,13 +6,15 @@ python main_prepare_data.py multiscale --input DF2K_HR OST --output trainsets/DF
 python main_prepare_data.py subimages --input trainsets/DF2K_OST_multiscale --output trainsets/DF2K_OST
 python main_prepare_data.py masks --input trainsets/DF2K_OST --output trainsets/DF2K_OST_mask
 python main_prepare_data.py lr-bicubic --input trainsets/DF2K_OST --output trainsets/DF2K_OST_x4
+python main_prepare_data.py subimages --input HR --L LR_x4 --scale 4 --size 480 --step 240 --output trainsets/pairs
 python main_prepare_data.py modcrop --input DIV2K_valid_HR --output testsets/DIV2K100
 python main_prepare_data.py lr-blind --type blind_test --versions 30 --input testsets/DIV2K100 --output DIV2K100_blind
 python main_prepare_data.py check --opt options/train_bsrgan_ssl.json
 
-Folders are read with their sub-folders, which the output repeats. What is finished is skipped: after an interruption
-the same command goes on. A folder filled by another command, or with other settings, is left alone. Images that cannot
-be read are named and left out; the exit status is then 1. It is 2 where nothing could be done.
+Folders are read with their sub-folders, which the output repeats; hidden ones are left out. What is finished is
+skipped: after an interruption the same command goes on. A folder filled by another command, or with other settings, is
+left alone. Images that cannot be read are named and left out; the exit status is then 1. It is 2 where nothing could be
+done.
 """
 
 import inspect
@@ -24,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from data.demo import prepare_demo
+from data.files import group_files
 from data.pack import pack_lmdb
-from data.prepare import MULTISCALE_PRESETS, STEPS, Multiscale, at_least
+from data.prepare import MULTISCALE_PRESETS, STEPS, Multiscale, PairedSubimages, Subimages, at_least
 from data.report import Folders, folders_of, report
 from utils.utils_error import ArgumentParser, UserError, run
 from utils.utils_prepare import Step, prepare
@@ -37,7 +40,7 @@ def _command(commands: Any, name: str, text: str, example: str) -> Any:
     parser = commands.add_parser(name, help=text.partition("\n")[0], description=description)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = f"processes (default: one for each core, here {cores})"
-    parser.add_argument("--workers", type=at_least(1), default=cores, metavar="N", help=workers)
+    parser.add_argument("--workers", type=at_least(1, 1024), default=cores, metavar="N", help=workers)
     return parser
 
 
@@ -50,6 +53,10 @@ def _files(parser: Any) -> None:
 
 def _options(parser: Any, step: type[Step]) -> None:
     """An argument for each field of the step that has a help text; one that is not given is not in the result."""
+    if step is Subimages:
+        text = "low-quality images, to be cut together with --input: pieces go to OUTPUT/H and OUTPUT/L"
+        parser.add_argument("--L", nargs="+", default=[], metavar="DIR", help=text)
+        parser.add_argument("--scale", type=at_least(1, 64), metavar="N", help="of L (default 4)")
     if step is Multiscale:
         parser.add_argument("--preset", choices=MULTISCALE_PRESETS, default="ssl", help="whose figures (default ssl)")
     for f in fields(step):  # type: ignore[arg-type]
@@ -63,6 +70,10 @@ def _options(parser: Any, step: type[Step]) -> None:
 
 def _step(step: type[Step], args: Namespace) -> Step:
     given = {f.name: getattr(args, f.name) for f in fields(step) if hasattr(args, f.name)}  # type: ignore[arg-type]
+    if step is Subimages and args.L:
+        return PairedSubimages(**given, scale=args.scale or 4, H=tuple(args.input), L=tuple(args.L))
+    if step is Subimages and args.scale:
+        raise UserError("--scale: is for pairs; name their low-quality images by --L")
     return replace(MULTISCALE_PRESETS[args.preset], **given) if step is Multiscale else step(**given)
 
 
@@ -93,7 +104,7 @@ are in the training set too. For the data sets of an option file: --opt FILE."""
     check.add_argument("--H", nargs="+", default=[], metavar="DIR", help="ground truth to train on")
     check.add_argument("--L", nargs="+", default=[], metavar="DIR", help="its low-quality images")
     check.add_argument("--H_mask", nargs="+", default=[], metavar="DIR", help="its edge masks")
-    check.add_argument("--scale", type=at_least(1), default=4, metavar="N", help="of L (default 4)")
+    check.add_argument("--scale", type=at_least(1, 64), default=4, metavar="N", help="of L (default 4)")
     check.add_argument("--H_size", type=at_least(0), default=0, metavar="N", help="name images with a side below this")
     check.add_argument("--test", nargs="+", default=[], metavar="DIR", help="ground truth of test sets, a set each")
     return parser.parse_args(argv)
@@ -123,7 +134,9 @@ def _check(args: Namespace) -> int:
     if args.opt:
         return report(folders_of(args.opt), args.workers)
     sets = [Folders("training set", args.H, args.L, args.H_mask, args.scale, args.H_size)] if args.H else []
-    sets += [Folders(f"test set {folder}", [folder], is_train=False) for folder in args.test]
+    for roots in group_files(args.test):
+        folder = roots[0] if len(roots) == 1 else os.path.dirname(roots[0])
+        sets.append(Folders(f"test set {folder}", roots, is_train=False))
     return report(sets, args.workers)
 
 

@@ -12,10 +12,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.utils_error import ArgumentParser, UserError, run
+from utils.utils_error import ArgumentParser, UserError, printable, run
 from utils.utils_figure import SEARCH, ssg_figure, telling_pixel, training_figure
 from utils.utils_image import imread_uint
 from utils.utils_logger import setup
+from utils.utils_name import output_path
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -57,8 +58,7 @@ def _show_graphs(args: argparse.Namespace) -> Path:
             f"--pixel {x} {y}: lies outside {paths[0]}, where X is 0 to {width - 1} and Y 0 to {height - 1}"
         )
     output = Path(args.output or f"{paths[0].stem}_ssg_{x}_{y}.png")
-    if output.resolve() in [path.resolve() for path in paths]:
-        raise UserError(f"--output {output}: is the image itself; name another file")
+    output = output_path(output.parent, output.name, inputs=paths)
     names = [path.stem for path in paths] if len({path.stem for path in paths}) == len(paths) else ["first", "other"]
     ssg_figure(images[0], other, (x, y), names, output)
     return output
@@ -74,10 +74,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup()
     if args.run:
         output = Path(args.output or Path(args.run) / "curves.png")
+        output = output_path(output.parent, output.name, inputs=[*(Path(args.run) / "images").glob("*.png")])
         training_figure(Path(args.run), output)
     else:
         output = _show_graphs(args)
-    print(output)
+    print(printable(str(output)))
 
 
 if __name__ == "__main__":

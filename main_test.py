@@ -7,9 +7,10 @@ python main_test.py --model_path psnr=experiments/demo_psnr gan_ssl=experiments/
 python main_test.py --model_path gan=A.pth gan_ssl=B.pth --gt testsets/Set5 testsets/Set14 - \\
     --input - - testsets/RealSet65 --metrics paper
 
-A model is a checkpoint file or a run's folder (then its newest average, {iter}_E.pth). Without --input, L is made from
-the ground truth by MATLAB bicubic. Several sets are given in order, - where one has no --gt or no --input. Models X and
-X_ssl are compared as without and with SSL. Images go to OUTPUT/{model}/{set}/{name}.png, beside them results.csv,
+A model is a checkpoint file or a run's folder (then its newest step, of that the average {iter}_E.pth if there is one).
+Without --input, L is made from the ground truth by MATLAB bicubic. Several sets are given in order, - where one has no
+--gt or no --input; several files of one folder (photos/*.png) are one set, called as their folder. Models X and X_ssl
+are compared as without and with SSL. Images go to OUTPUT/{model}/{set}/{name}.png, beside them results.csv,
 results.json, results.md, report.html (to compare by eye, in any browser) and side_by_side.png; the same command again
 replaces its own results. OUTPUT is by default the run's folder results/, or ./results for several models and for
 checkpoints outside a run.
@@ -20,6 +21,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +30,18 @@ import torch
 from tqdm import tqdm
 
 from data.check import check_dataset
+from data.files import group_files
 from data.select_dataset import define_Dataset
 from models.restorer import Restorer, load_restorer, load_restorer_of, run_folder, set_sampling
-from utils.utils_error import ArgumentParser, UserError, run
-from utils.utils_image import imread_uint, imresize, imsave, tensor2uint
+from utils.utils_error import ArgumentParser, UserError, printable, run
+from utils.utils_image import ImageExtras, imresize, imsave, tensor2uint
 from utils.utils_logger import setup
 from utils.utils_metrics import GROUPS, METRICS, Measurer, choose
+from utils.utils_name import folded, output_path, safe_name
 from utils.utils_option import DatasetOptions, TestOptions, parse
-from utils.utils_report import Report, check_output, output_names
+from utils.utils_report import RESULTS, Report, check_output, output_names
 from utils.utils_run import run_facts
-from utils.utils_tile import check_tile, restore
+from utils.utils_tile import check_tile, enough_memory, restore, tile_remedy
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +58,7 @@ class Job:
     metrics: Sequence[str]
     report_images: int
     device: torch.device
+    tile_setting: str  # how another tile is asked for
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -71,7 +76,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--metrics", nargs="+", help=f"of {', '.join(METRICS)}; or {', '.join(GROUPS)}")
     parser.add_argument("--report_images", type=int, help="images in report.html; 0 = no such file (default 30)")
     parser.add_argument("--output", help="folder for the results")
-    parser.add_argument("--param_key", help="which weights of the file; default params_ema, params or all")
+    parser.add_argument("--param_key", help="which weights of the file; default an average, else params, else all")
     parser.add_argument("--device", help="cpu, cuda or cuda:1; default the first GPU, if any")
     args = parser.parse_args(argv)
     alone = [f"--{name}" for name in ("input", "gt", "scale", "tile", "tile_overlap", "output", "param_key")]
@@ -104,12 +109,14 @@ def _job(args: argparse.Namespace) -> Job:
         sets = list(opt.test_sets.values())
         if not sets:
             raise UserError(f"{args.opt}: datasets: there is no test set; add datasets.test.dataroot_H")
-        if len({data.name for data in sets}) < len(sets):
+        sets = [data.model_copy(update={"name": safe_name(data.name)}) for data in sets]
+        if len({folded(data.name) for data in sets}) < len(sets):
             raise UserError(f"{args.opt}: datasets: two test sets have one name; give each its own")
         output = Path(opt.test.output) if opt.test.output else opt.task_dir / "results"
         test = opt.test
         models = [load_restorer_of(opt, device)]
-        return Job(models, sets, output, test.tile, test.tile_overlap, test.metrics, test.report_images, device)
+        more = test.metrics, test.report_images, device, "test.tile="
+        return Job(models, sets, output, test.tile, test.tile_overlap, *more)
     tile = args.tile or 0
     tile_overlap = 32 if args.tile_overlap is None else args.tile_overlap
     check_tile(tile, tile_overlap)
@@ -123,8 +130,8 @@ def _job(args: argparse.Namespace) -> Job:
         DatasetOptions(
             name=name,
             dataset_type="sr" if gt else "l",
-            dataroot_L=input_,
-            dataroot_H=gt,
+            dataroot_L=input_ or None,
+            dataroot_H=gt or None,
             phase="test",
             scale=first.scale,
             n_channels=first.n_channels,
@@ -134,38 +141,42 @@ def _job(args: argparse.Namespace) -> Job:
     defaults = TestOptions()
     metrics = choose(args.metrics or defaults.metrics)
     report_images = defaults.report_images if args.report_images is None else args.report_images
-    return Job(models, sets, output, tile, tile_overlap, metrics, report_images, device)
+    return Job(models, sets, output, tile, tile_overlap, metrics, report_images, device, "--tile ")
 
 
-def _pairs(inputs: list[str] | None, gts: list[str] | None) -> dict[str, tuple[str | None, str | None]]:
-    """Set name -> (input, ground truth), either of them None where its place holds "-" or the list is not given."""
-    count = max(len(inputs or ()), len(gts or ()))
-    for given, what in ((inputs, "--input"), (gts, "--gt")):
-        if given is not None and len(given) < count:
+def _pairs(inputs: list[str] | None, gts: list[str] | None) -> dict[str, tuple[list[str], list[str]]]:
+    """Set name -> (input, ground truth), either of them empty where its place holds "-" or the list is not given.
+
+    Files of one folder that stand together, as a wildcard gives them, are one set.
+    """
+    groups = {"--input": group_files(inputs or []), "--gt": group_files(gts or [])}
+    sets = max(map(len, groups.values()))
+    for what, given in groups.items():
+        if given and len(given) < sets:
             raise UserError(
-                f"{what}: {len(given)} for {count} test sets; they are paired in order, write - where a set has none"
+                f"{what}: {len(given)} for {sets} test sets; they are paired in order, write - where a set has none "
+                f"(several files of one folder are one set)"
             )
-    pairs: dict[str, tuple[str | None, str | None]] = {}
-    for pair in zip(inputs or ["-"] * count, gts or ["-"] * count, strict=True):
-        roots = [Path(root) for root in pair if root != "-"]
+    pairs: dict[str, tuple[list[str], list[str]]] = {}
+    for pair in zip(*(given or [["-"]] * sets for given in groups.values()), strict=True):
+        input_, gt = ([root for root in roots if root != "-"] for roots in pair)
+        roots = [Path(root) for root in input_ + gt]
         if not roots:
             raise UserError("--input, --gt: a test set has - for both; name a folder for one of them")
         for root in roots:
             if not root.exists():
                 raise UserError(f"{root}: there is no such folder or image")
         folder = roots[0].resolve() if roots[0].is_dir() else roots[0].resolve().parent
-        name = folder.name or "images"
-        if name in pairs:
-            name = f"{folder.parent.name}_{name}"
-        if name in pairs:
-            raise UserError(f"{roots[0]}: another test set is called {name} already; rename a folder")
-        pairs[name] = (None if pair[0] == "-" else pair[0]), (None if pair[1] == "-" else pair[1])
+        name = safe_name(folder.name or "images")
+        taken = {folded(other) for other in pairs}
+        names = chain([name, safe_name(f"{folder.parent.name}_{name}")], (f"{name}_{n}" for n in count(2)))
+        pairs[next(name for name in names if folded(name) not in taken)] = input_, gt
     return pairs
 
 
 def _check_models(models: list[Restorer]) -> None:
     """Several models need one L, and a name each that can be a folder's."""
-    labels = [model.label for model in models]
+    labels = [folded(model.label) for model in models]
     first = models[0]
     for model in models:
         if (model.scale, model.n_channels) != (first.scale, first.n_channels):
@@ -173,33 +184,53 @@ def _check_models(models: list[Restorer]) -> None:
                 f"{model.label} (scale {model.scale}, {model.n_channels} channels) differs from {first.label} "
                 f"(scale {first.scale}, {first.n_channels} channels): models are compared on one L, test these apart"
             )
-        if labels.count(model.label) > 1 or model.label in ("bicubic", "ground truth"):
+        label = folded(model.label)
+        if labels.count(label) > 1 or label in ("bicubic", "ground truth", *RESULTS):
             raise UserError(f"{model.checkpoint}: the name {model.label!r} is taken; write another as NAME=PATH")
-        if Path(model.label).name != model.label:
+        if safe_name(model.label) != model.label:
             raise UserError(f"{model.label!r} cannot be the name of a folder; write another as NAME=PATH")
 
 
 def _restore_set(job: Job, data: DatasetOptions, dataset: Any, names: list[str], report: Report) -> None:
     """Restore, save and report the images of a set."""
-    scale = data.scale
+    scale, lost_profiles = data.scale, 0
     bar = tqdm(names, desc=data.name, unit="image", dynamic_ncols=True, disable=not sys.stderr.isatty())
     for i, name in enumerate(bar):
         item = dataset[i]
         L = item["L"][None].to(job.device)
-        bits = 16 if imread_uint(item["L_path"], data.n_channels).dtype == np.uint16 else 8
+        extras: ImageExtras = item["L_extras"]
+        saved_extras = extras.resized(scale).fitting(data.n_channels)
+        lost_profiles += (extras.icc, extras.cicp) != (saved_extras.icc, saved_extras.cicp)
         H = tensor2uint(item["H"]) if "H" in item else None
-        estimates = {"bicubic": tensor2uint(imresize(L, scale))}
+        shown = report.shows(data.name, i, H is not None)
+        estimates = {"bicubic": tensor2uint(imresize(L, scale))} if shown else {}
+        broken = []
         for model in job.models:
-            E = restore(model.netG, L, scale, job.tile, job.tile_overlap)
-            path = job.output / model.label / data.name / f"{name}.png"
+            with enough_memory(f"{item['L_path']}: {tile_remedy(job.tile, job.tile_setting)}"):
+                E = restore(model.netG, L, scale, job.tile, job.tile_overlap)
+            if not E.isfinite().all():
+                logger.warning(
+                    "%s: what %s makes of it is not finite (NaN): no numbers of it", printable(name), model.label
+                )
+                broken.append(model.label)
+                E = E.nan_to_num()
+            path = output_path(job.output, model.label, data.name, f"{name}.png")
             path.parent.mkdir(parents=True, exist_ok=True)
-            imsave(tensor2uint(E, bits), str(path))
-            estimates[model.label] = tensor2uint(E)
-        values = report.add(data.name, i, name, estimates, H)
+            imsave(tensor2uint(E, extras.bits), str(path), extras=saved_extras)
+            estimates |= {model.label: tensor2uint(E)} if shown else {}
+        values = report.add(data.name, i, name, estimates, H, broken if shown else ())
         if bar.disable:
             size = f"{L.shape[-1]}x{L.shape[-2]} -> {L.shape[-1] * scale}x{L.shape[-2] * scale}"
             psnr = "".join(f", {label} {v['psnr']:.2f} dB" for label, v in values.items() if "psnr" in v)
-            logger.info("%s %d/%d %s: %s%s", data.name, i + 1, len(names), name, size, psnr)
+            logger.info("%s %d/%d %s: %s%s", data.name, i + 1, len(names), printable(name), size, psnr)
+    if lost_profiles:
+        logger.warning(
+            "%s: %d of %d images have a colour profile that is not for %s; it is not kept",
+            data.name,
+            lost_profiles,
+            len(names),
+            "gray" if data.n_channels == 1 else "RGB",
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -217,20 +248,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         dataset: Any = define_Dataset(data)
         paths = dataset.paths if data.dataset_type == "l" else [files.L or files.H for files in dataset.files]
         roots = [root for given in (data.dataroot_L, data.dataroot_H) if given for root in np.atleast_1d(given)]
-        prepared.append((data, dataset, output_names(paths, roots)))
-        check_output(job.output, paths, roots)
+        names = output_names(paths, roots)
+        prepared.append((data, dataset, names))
+        files = [f"{model.label}/{data.name}/{name}.png" for model in job.models for name in names]
+        inputs = paths if data.dataset_type == "l" else [p for files in dataset.files for p in files if p]
+        check_output(job.output, inputs, roots, [*RESULTS, *files])
         # Without ground truth any size will do.
         check_dataset(data)
     counts = {data.name: len(names) for data, _, names in prepared}
     first = job.models[0]
     report = Report(Measurer(job.metrics, first.scale, job.device), counts, job.report_images)
+    whole = "" if job.tile else f" or restore in tiles, {job.tile_setting}256,"
     try:
-        for data, dataset, names in prepared:
-            _restore_set(job, data, dataset, names, report)
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
-            raise
-        raise UserError("the memory is too small for whole images: use tiles, --tile 256 or test.tile=256") from error
+        with enough_memory(f"the memory is too small for whole images: choose fewer metrics,{whole} or cut the images"):
+            for data, dataset, names in prepared:
+                _restore_set(job, data, dataset, names, report)
     except OSError as error:
         raise UserError(f"{job.output}: cannot be written: {error.strerror or error}") from error
     for model in job.models:

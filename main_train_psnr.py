@@ -8,7 +8,7 @@ torchrun --nproc_per_node=2 main_train_psnr.py --opt options/train_bsrgan_psnr.j
 from data.check import check_dataset
 from data.select_dataset import define_Dataset
 from models.select_model import define_Model
-from utils.utils_error import run
+from utils.utils_dist import run
 from utils.utils_train import train, training_options
 
 

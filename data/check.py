@@ -7,6 +7,7 @@ has no partner or a partner of another size says that the data set is not what i
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from data.files import Files, list_files, quote, raise_problems
 from utils.utils_error import UserError
-from utils.utils_image import get_image_paths, imread_uint, read_mask
+from utils.utils_image import decode, dropped, get_image_paths, read_file, read_mask
 from utils.utils_option import DatasetOptions
 
 logger = logging.getLogger(__name__)
@@ -37,10 +38,13 @@ def check_dataset(dataset_opt: DatasetOptions) -> None:
     Those of the test phase are not mentioned: the data set has left them out and said so. Raises UserError too where
     not one item is readable.
     """
-    problems = find_problems(dataset_opt)
+    problems, lost = _look(dataset_opt)
     raise_problems(problems.wrong, dataset_opt.phase)
     if problems.unreadable and dataset_opt.phase == "train":
         logger.warning("left out, others take their places: %s", quote(problems.unreadable, "train"))
+    if dataset_opt.phase == "train":
+        for phrase, count in Counter(lost.values()).items():
+            logger.warning("%d of the train images %s", count, phrase)
 
 
 def find_problems(dataset_opt: DatasetOptions) -> Problems:
@@ -49,18 +53,24 @@ def find_problems(dataset_opt: DatasetOptions) -> Problems:
     Every file is decoded, since a file cut short has a perfect header. Raises UserError for missing or empty folders
     and where nothing at all can be read.
     """
-    opt = dataset_opt
+    return _look(dataset_opt)[0]
+
+
+def _look(opt: DatasetOptions) -> tuple[Problems, dict[str, str]]:
+    """:func:`find_problems`, and by path what is dropped of images, see utils_image.dropped."""
     missing: list[str] = []
     if opt.dataset_type == "l":
         items = [Files(path, None, None) for path in get_image_paths(opt.dataroot_L)]
     else:
         items, missing = list_files(opt)
-    found = _map(lambda files: _problems_of(files, opt), items, "checking images")
+    looked = _map(lambda files: _problems_of(files, opt), items, "checking images")
+    found = [problems for problems, _ in looked]
     unreadable = [problem for problems in found for problem in problems.unreadable]
     if items and all(problems.unreadable for problems in found):
         raise UserError(f"none of the {opt.phase} images can be read: {quote(unreadable, opt.phase)}")
     wrong = [*missing, *(problem for problems in found for problem in problems.wrong)]
-    return Problems(list(dict.fromkeys(unreadable)), list(dict.fromkeys(wrong)))  # a file may be in several items
+    problems = Problems(list(dict.fromkeys(unreadable)), list(dict.fromkeys(wrong)))  # a file may be in several items
+    return problems, {path: phrase for _, lost in looked for path, phrase in lost.items()}
 
 
 def leave_out_unreadable(items: Sequence[Files], phase: str, n_channels: int) -> list[Files]:
@@ -81,9 +91,9 @@ def _map(function: Callable[[_Item], _Found], items: Sequence[_Item], what: str)
         return list(tqdm(pool.map(function, items), total=len(items), desc=what, disable=len(items) <= 2000))
 
 
-def _problems_of(files: Files, opt: DatasetOptions) -> Problems:
-    sizes, unreadable = _read(files, opt.n_channels)
-    H, L, mask = (sizes.get(path) if path else None for path in files)
+def _problems_of(files: Files, opt: DatasetOptions) -> tuple[Problems, dict[str, str]]:
+    seen, unreadable = _read(files, opt.n_channels)
+    H, L, mask = (seen[path].size if path in seen else None for path in files)
     wrong = []
     if H:
         height, width = H
@@ -98,27 +108,38 @@ def _problems_of(files: Files, opt: DatasetOptions) -> Problems:
             wrong.append(f"{files.L} ({_size(L)}): not {part} of {files.H} ({_size(H)})")
         if mask and mask != H:
             wrong.append(f"{files.mask} ({_size(mask)}): not the size of {files.H} ({_size(H)})")
-    return Problems(unreadable, wrong)
+    return Problems(unreadable, wrong), {path: image.dropped for path, image in seen.items() if image.dropped}
 
 
-def _read(files: Files, n_channels: int) -> tuple[dict[str, tuple[int, int]], list[str]]:
-    """(height, width) of each file that can be read, and a line for each that cannot."""
-    sizes, unreadable = {}, []
+class _Seen(NamedTuple):
+    """What is remembered of a file that can be read."""
+
+    size: tuple[int, int]  # height, width
+    dropped: str  # "" for nothing
+
+
+def _read(files: Files, n_channels: int) -> tuple[dict[str, _Seen], list[str]]:
+    """What was seen of each file that can be read, and a line for each that cannot."""
+    seen, unreadable = {}, []
     for path in filter(None, files):
         try:
             status = os.stat(path) if os.path.exists(path) else None  # none: an image of an LMDB folder
             stamp = (status.st_mtime_ns, status.st_size) if status else (0, 0)
-            sizes[path] = _decoded_size(path, path == files.mask, n_channels, stamp)
+            seen[path] = _see(path, path == files.mask, n_channels, stamp)
         except UserError as error:
             unreadable.append(str(error))
-    return sizes, unreadable
+    return seen, unreadable
 
 
 @lru_cache(maxsize=1 << 16)
-def _decoded_size(path: str, is_mask: bool, n_channels: int, _stamp: tuple[int, int]) -> tuple[int, int]:
+def _see(path: str, is_mask: bool, n_channels: int, _stamp: tuple[int, int]) -> _Seen:
     """Remembered, as long as the file is the same: a test set is looked at when it is built and when it is checked."""
-    height, width = (read_mask(path) if is_mask else imread_uint(path, n_channels)).shape[:2]
-    return height, width
+    if is_mask:
+        height, width = read_mask(path).shape
+        return _Seen((height, width), "")
+    data = read_file(path)
+    height, width = decode(data, path, n_channels).shape[:2]
+    return _Seen((height, width), " and ".join(dropped(data, path)))
 
 
 def _size(size: tuple[int, int]) -> str:

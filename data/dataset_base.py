@@ -3,6 +3,7 @@
 import logging
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,16 @@ from torch.utils.data import Dataset
 from data.check import leave_out_unreadable
 from data.files import Files, list_files, raise_problems
 from utils.utils_error import UserError
-from utils.utils_image import Array, augment_img, imread_uint, modcrop, read_mask, single2tensor3
+from utils.utils_image import (
+    Array,
+    ImageExtras,
+    augment_img,
+    imread_uint,
+    modcrop,
+    read_image,
+    read_mask,
+    single2tensor3,
+)
 from utils.utils_option import DatasetOptions
 
 logger = logging.getLogger(__name__)
@@ -21,7 +31,8 @@ class DatasetBase(Dataset[dict[str, Any]]):
     """Items with tensors ``L`` (C, h, w) and ``H`` (C, scale h, scale w), RGB in [0, 1], ``L_path`` and ``H_path``.
 
     A mask variant with ``dataroot_H_mask`` adds ``mask`` (1, scale h, scale w) of {0, 1}. In the train phase an item is
-    a random patch, flipped and rotated at random; in the test phase it is the whole image, always the same.
+    a random patch, flipped and rotated at random; in the test phase it is the whole image, always the same, and the
+    item has ``L_extras`` where it has L: what else the file of L holds (utils_image.ImageExtras).
 
     The key of an item is its index or, from a resumable sampler, ``(index, seed)``: then the seed alone decides every
     random draw, whichever worker makes the item. An index alone draws afresh in the train phase.
@@ -50,7 +61,7 @@ class DatasetBase(Dataset[dict[str, Any]]):
         for n in range(len(self)):
             files = self.files[(index + n) % len(self)]
             try:
-                images = self.make_images(files, np.random.default_rng(seed))
+                images, extras = self.make_images(files, np.random.default_rng(seed))
             except UserError as error:
                 if not self.is_train or n == len(self) - 1:
                     raise
@@ -58,20 +69,35 @@ class DatasetBase(Dataset[dict[str, Any]]):
                     self._replaced.add(files)
                     logger.warning("%s; the next image takes its place", error)
                 continue
-            tensors = {name: single2tensor3(img) for name, img in images.items()}
-            return {**tensors, "L_path": files.L or files.H, "H_path": files.H}
+            item: dict[str, Any] = {name: single2tensor3(img) for name, img in images.items()}
+            if extras:
+                item["L_extras"] = extras
+            return {**item, "L_path": files.L or files.H, "H_path": files.H}
         raise IndexError(key)
 
     @abstractmethod
-    def make_images(self, files: Files, rng: np.random.Generator) -> dict[str, Array]:
-        """The arrays "L", "H" and perhaps "mask" of one item: float32 ``(H, W, C)`` in [0, 1]."""
+    def make_images(self, files: Files, rng: np.random.Generator) -> tuple[dict[str, Array], ImageExtras | None]:
+        """The arrays "L", "H" and perhaps "mask" of one item: float32 ``(H, W, C)`` in [0, 1]; and L's extras."""
 
-    def read_H(self, files: Files) -> dict[str, Array]:
-        """Read "H", uint8 or uint16, and perhaps "mask", float32: ``(H, W, C)``, cut to a multiple of the scale."""
-        images = {"H": modcrop(imread_uint(files.H, self.opt.n_channels), self.opt.scale)}
+    def read(self, path: str) -> tuple[Array, ImageExtras | None]:
+        """An image, uint8 or uint16 ``(H, W, C)``; in the test phase also what else its file holds."""
+        if self.is_train:
+            return imread_uint(path, self.opt.n_channels), None
+        return read_image(path, self.opt.n_channels)
+
+    def read_H(self, files: Files) -> tuple[dict[str, Array], ImageExtras | None]:
+        """Read "H", uint8 or uint16, and perhaps "mask", float32: ``(H, W, C)``, cut to a multiple of the scale.
+
+        Beside them, in the test phase, the extras of an L that is made of H.
+        """
+        scale = self.opt.scale
+        H, extras = self.read(files.H)
+        images = {"H": modcrop(H, scale)}
         if files.mask:
-            images["mask"] = modcrop(read_mask(files.mask)[..., None], self.opt.scale)
-        return images
+            images["mask"] = modcrop(read_mask(files.mask)[..., None], scale)
+        if extras and extras.alpha is not None and not files.L:
+            extras = replace(extras, alpha=modcrop(extras.alpha, scale)).resized(1 / scale)
+        return images, extras
 
     def augment(
         self, images: dict[str, Array], rng: np.random.Generator, modes: Sequence[int] = range(8)

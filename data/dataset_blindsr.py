@@ -9,7 +9,7 @@ from data.files import Files
 from data.patches import random_window
 from utils.utils_degrade import degradation_of, sharpens_H
 from utils.utils_degrade_image import add_sharpening, apply
-from utils.utils_image import Array, uint2single
+from utils.utils_image import Array, ImageExtras, uint2single
 
 
 class DatasetBlindSR(DatasetBase):
@@ -20,9 +20,9 @@ class DatasetBlindSR(DatasetBase):
     ``degradation_device`` gpu items have no L: utils_degrade.Degrader makes it, and H_usm, and cuts.
     """
 
-    def make_images(self, files: Files, rng: np.random.Generator) -> dict[str, Array]:
+    def make_images(self, files: Files, rng: np.random.Generator) -> tuple[dict[str, Array], ImageExtras | None]:
         opt = self.opt
-        images = self.read_H(files)
+        images, extras = self.read_H(files)
         if self.is_train:
             window = random_window(images["H"].shape, opt.H_size, rng)
             images = {name: window.cut(img) for name, img in images.items()}
@@ -30,7 +30,7 @@ class DatasetBlindSR(DatasetBase):
             images = self.augment(images, rng, (0, 4) if "face" in PurePath(files.H).name else range(8))
         images["H"] = sharp = np.ascontiguousarray(uint2single(images["H"]))
         if self.is_train and opt.degradation_device == "gpu":
-            return images
+            return images, extras
         if opt.use_sharp:
             sharp = add_sharpening(sharp)
             images["H" if sharpens_H(opt.degradation_type) else "H_usm"] = sharp
@@ -40,4 +40,4 @@ class DatasetBlindSR(DatasetBase):
             window = random_window(L.shape, opt.lq_patchsize, rng)
             L = window.cut(L)
             images = {name: window.scaled(opt.scale).cut(img) for name, img in images.items()}
-        return {**images, "L": L}
+        return {**images, "L": L}, extras

@@ -7,12 +7,12 @@ from torch.utils.data import Dataset
 from data.check import leave_out_unreadable
 from data.files import Files
 from utils.utils_error import UserError
-from utils.utils_image import get_image_paths, imread_uint, uint2tensor3
+from utils.utils_image import get_image_paths, read_image, uint2tensor3
 from utils.utils_option import DatasetOptions
 
 
 class DatasetL(Dataset[dict[str, Any]]):
-    """``l``: items with ``L`` (C, h, w), RGB in [0, 1], and ``L_path``.
+    """``l``: items with ``L`` (C, h, w), RGB in [0, 1], ``L_path`` and ``L_extras``, what else its file holds.
 
     Images that cannot be read are left out, with a warning. Raises UserError for a folder that is not named, is missing
     or holds no image that can be read.
@@ -30,4 +30,5 @@ class DatasetL(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         path = self.paths[index]
-        return {"L": uint2tensor3(imread_uint(path, self.n_channels)), "L_path": path}
+        img, extras = read_image(path, self.n_channels)
+        return {"L": uint2tensor3(img), "L_path": path, "L_extras": extras}

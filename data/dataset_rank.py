@@ -5,7 +5,7 @@ import numpy as np
 from data.dataset_base import DatasetBase
 from data.files import Files
 from data.patches import random_window
-from utils.utils_image import Array, imread_uint, uint2single
+from utils.utils_image import Array, ImageExtras, imread_uint, uint2single
 
 
 class DatasetRank(DatasetBase):
@@ -14,7 +14,7 @@ class DatasetRank(DatasetBase):
     Every two results of a scene make an item, their paths in ``H_path`` and ``L_path``.
     """
 
-    def make_images(self, files: Files, rng: np.random.Generator) -> dict[str, Array]:
+    def make_images(self, files: Files, rng: np.random.Generator) -> tuple[dict[str, Array], ImageExtras | None]:
         assert files.L is not None
         n_channels = self.opt.n_channels
         images = {"better": imread_uint(files.H, n_channels), "worse": imread_uint(files.L, n_channels)}
@@ -22,4 +22,4 @@ class DatasetRank(DatasetBase):
             window = random_window(images["better"].shape, self.opt.H_size, rng)
             images = {name: window.cut(img) for name, img in images.items()}
         images = {name: uint2single(img) for name, img in images.items()}
-        return self.augment(images, rng) if self.is_train else images
+        return self.augment(images, rng) if self.is_train else images, None

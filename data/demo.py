@@ -6,6 +6,7 @@ import numpy as np
 
 from utils.utils_error import UserError
 from utils.utils_image import imsave
+from utils.utils_name import output_path
 
 # Gray ones become RGB.
 TRAIN = ("astronaut", "brick", "camera", "coins", "grass", "gravel", "hubble_deep_field", "motorcycle", "rocket")
@@ -37,8 +38,11 @@ def prepare_demo(trainsets: Path, testsets: Path, side: int = 192) -> None:
         image = _photograph(name)
         for y in range(0, image.shape[0] - side + 1, side):
             for x in range(0, image.shape[1] - side + 1, side):
-                imsave(image[y : y + side, x : x + side], str(trainsets / "demo" / f"{name}_{y:04d}_{x:04d}.png"))
+                imsave(
+                    image[y : y + side, x : x + side],
+                    str(output_path(trainsets / "demo", f"{name}_{y:04d}_{x:04d}.png")),
+                )
                 pieces += 1
     for name in TEST:
-        imsave(_photograph(name), str(testsets / "demo" / f"{name}.png"))
+        imsave(_photograph(name), str(output_path(testsets / "demo", f"{name}.png")))
     print(f"{pieces} training pieces in {trainsets / 'demo'}, {len(TEST)} test images in {testsets / 'demo'}")

@@ -2,16 +2,20 @@
 
 import csv
 import math
+import os
 import re
+import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from itertools import combinations
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from utils.utils_error import UserError
+from utils.utils_error import UserError, check_regular, printable
 from utils.utils_image import IMAGE_SUFFIXES, get_image_paths, get_mask_paths
 from utils.utils_metrics import METRICS
+from utils.utils_name import cell
 from utils.utils_option import DatasetOptions
 
 
@@ -59,6 +63,20 @@ def list_files(opt: DatasetOptions) -> tuple[list[Files], list[str]]:
         for version in (versions[L] if L else [None])
     ]
     return complete, problems
+
+
+def group_files(roots: Iterable[str]) -> list[list[str]]:
+    """Folders, each by itself, and files of one folder together where they stand together, as wildcards give them."""
+    groups: list[list[str]] = []
+    last = None
+    for root in roots:
+        folder = os.path.dirname(root) if os.path.isfile(root) else None
+        if folder is None or folder != last:
+            groups.append([])
+        if root not in groups[-1][-1:]:
+            groups[-1].append(root)
+        last = folder
+    return groups
 
 
 def group_versions(H_paths: Sequence[str], L_paths: Sequence[str], scale: int) -> dict[str, list[str]]:
@@ -117,6 +135,7 @@ def find_partners(paths: Sequence[str], candidates: Sequence[str], scale: int) -
 def _bare_stem(stem: str, scale: int) -> str:
     """The stem without the endings with which data sets mark role and scale; "x4" only where the scale is 4."""
     ending = rf"(?:[ _.-]*x{scale}[mwd]?|[ _.-]+(?:SRF[_-]?{scale}|LR(?:BI|BD|DN)?|HR|LQ|HQ|GT|bicubic))+$"
+    stem = unicodedata.normalize("NFC", stem)  # macOS writes accents apart
     return re.sub(ending, "", stem, flags=re.IGNORECASE) or stem
 
 
@@ -159,6 +178,7 @@ def _ranked_by_table(opt: DatasetOptions, problems: list[str]) -> list[_Ranked]:
     Raises UserError for a table that cannot be read, lacks a column or has a value that is no number.
     """
     table, column, more_is_better = Path(opt.rank_csv or ""), opt.rank_metric, opt.rank_higher_better
+    check_regular(table)
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
@@ -170,13 +190,23 @@ def _ranked_by_table(opt: DatasetOptions, problems: list[str]) -> list[_Ranked]:
         if column not in METRICS:
             raise UserError(f"datasets.{opt.phase}.rank_higher_better: is required for {column}: is more of it better?")
         more_is_better = METRICS[column].higher_better
+
+    @lru_cache
+    def names_in(folder: Path) -> dict[str, Path]:
+        """Images by the names that the table shows."""
+        return {
+            cell(printable(path.relative_to(folder).with_suffix("").as_posix())): path for path in folder.rglob("*.png")
+        }
+
     scenes: dict[tuple[str, str], _Ranked] = defaultdict(list)
     for row in rows:
         image, model, value, set_name = row["image"], row["model"], row[column], row.get("set") or ""
-        folder = table.parent / (model or "") / set_name
+        folder = table.parent / (model or "").removeprefix("'") / set_name.removeprefix("'")
         if not (image and model and value and folder.is_dir()):  # main_test.py measures bicubic, but saves no images
             continue
         path = folder / (image if image.lower().endswith(IMAGE_SUFFIXES) else f"{image}.png")
+        if not path.is_file():
+            path = names_in(folder).get(image, path)
         if not path.is_file():
             problems.append(f"{path}: is not there, but in {table}")
             continue
@@ -200,4 +230,4 @@ def quote(problems: Sequence[str], phase: str) -> str:
     """One line: how many there are, and the first five."""
     more = f"; ... and {len(problems) - 5} more" if len(problems) > 5 else ""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return f"{count} with the {phase} images: {'; '.join(problems[:5])}{more}"
+    return printable(f"{count} with the {phase} images: {'; '.join(problems[:5])}{more}")

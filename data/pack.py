@@ -1,6 +1,7 @@
 """From a folder of images to one LMDB folder."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -10,13 +11,14 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from utils.utils_error import UserError
+from utils.utils_error import UserError, printable
 from utils.utils_image import decode, get_image_paths, get_mask_paths, read_file, read_mask
 from utils.utils_lmdb import META, import_lmdb
-from utils.utils_prepare import IMAGE_ERRORS, Outcome, Tally, check_settings, claim, one_line, run_all
+from utils.utils_prepare import IMAGE_ERRORS, SETTINGS, Outcome, Tally, check_settings, claim, one_line, run_all
 from utils.utils_report import check_output, output_names
 from utils.utils_run import write_atomically
 
+_UNFINISHED = "meta_info.unfinished"
 _MAX_KEY = 511  # bytes, LMDB's limit
 
 
@@ -31,8 +33,11 @@ def pack_lmdb(inputs: Sequence[str], output: Path, are_masks: bool, workers: int
     if output.suffix != ".lmdb":
         raise UserError(f"--output {output}: the name of an LMDB folder ends in .lmdb")
     paths = (get_mask_paths if are_masks else get_image_paths)(list(inputs))
-    names = output_names(paths, inputs)
-    check_output(output, paths, inputs)
+    # Keys stand in meta_info.txt, a line each, and other programs read them as UTF-8.
+    names = [printable(name) for name in output_names(paths, inputs)]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"several images would have the key {twice[0]} in {output}; rename one")
+    check_output(output, paths, inputs, [SETTINGS, META, _UNFINISHED, "data.mdb", "lock.mdb"])
     settings = {"masks": are_masks}
     check_settings("lmdb", settings, inputs, output)
     tally = Tally("lmdb", output)
@@ -88,10 +93,10 @@ class _MetaInfo:
     """``meta_info.txt``, written last; until then its lines are collected in ``meta_info.unfinished``."""
 
     def __init__(self, folder: Path) -> None:
-        self._path, self._unfinished = folder / META, folder / "meta_info.unfinished"
+        self._path, self._unfinished = folder / META, folder / _UNFINISHED
         self._lines: dict[str, str] = {}
         for path in (self._path, self._unfinished):
-            for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
                 if line.endswith(") 1"):  # the last one may be cut short
                     self._lines[os.path.splitext(line.rsplit(" (", 1)[0])[0]] = line
 

@@ -4,39 +4,63 @@ The figures are those of the SSL paper's data (https://arxiv.org/abs/2408.05713)
 utils/utils_prepare.py runs a step over a folder. Bit depth and number of channels are kept; outputs are PNG.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from data.files import list_files
 from utils.utils_degrade import DEGRADATIONS, degrade_image
 from utils.utils_error import UserError
 from utils.utils_image import Array, image_size, imread_uint, imresize_np, modcrop, uint2tensor4
+from utils.utils_option import DatasetOptions
 from utils.utils_prepare import Product, Step, option
 from utils.utils_ssl import edge_mask
 
+_MOST_PIXELS = 1 << 28  # of an image that is made: 800 MB in 8 bits
 
-def at_least(least: int) -> Callable[[str], int]:
-    """For argparse: a whole number, not below ``least``."""
+
+def at_least(least: int, most: int = 1 << 16) -> Callable[[str], int]:
+    """For argparse: a whole number, not below ``least`` and not above ``most``."""
 
     def whole(text: str) -> int:
-        if int(text) < least:
+        if not least <= int(text) <= most:
             raise ValueError
         return int(text)
 
-    whole.__name__ = f"number from {least} up:"  # the message: "invalid number from 1 up: value: '0'"
+    whole.__name__ = f"number from {least} up to {most}:"  # the message: "invalid number from 1 up to 9: value: '0'"
     return whole
 
 
 def factor(text: str) -> float:
-    """For argparse: a number above 0, such as 0.75 or 1/3."""
+    """For argparse: a number above 0, up to 16, such as 0.75 or 1/3."""
     above, _, below = text.partition("/")
-    value = float(above) / float(below or 1)
-    if value <= 0:
+    try:
+        value = float(above) / float(below or 1)
+    except ZeroDivisionError as error:
+        raise ValueError from error
+    if not 0 < value <= 16:
         raise ValueError
     return value
+
+
+factor.__name__ = "number above 0, up to 16:"
+
+
+def level(text: str) -> float:
+    """For argparse: a finite number."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+level.__name__ = "finite number:"
 
 
 # -------------------------------------------------------------------------------------------------------- multi-scale
@@ -68,6 +92,7 @@ class Multiscale(Step):
         height, width = img.shape[:2]
         for file, size in self._sizes(name, (height, width)).items():
             if file in wanted:
+                _check_area(*size)
                 yield Product(file, img if size == (height, width) else lanczos(img, *size))
 
     def _sizes(self, name: str, size: tuple[int, int]) -> dict[str, tuple[int, int]]:
@@ -82,6 +107,11 @@ class Multiscale(Step):
         else:
             kept[self.shortest_name] = (int(self.shortest * (height / width)), self.shortest)
         return {f"{name}{ending}.png": sides for ending, sides in kept.items()}
+
+
+def _check_area(height: int, width: int) -> None:
+    if height * width > _MOST_PIXELS:
+        raise UserError(f"would become {width}x{height} pixels, more than {_MOST_PIXELS / 1e6:.0f} million: left out")
 
 
 MULTISCALE_PRESETS = {
@@ -141,6 +171,78 @@ class Subimages(Step):
         return origins
 
 
+@dataclass(frozen=True)
+class PairedSubimages(Subimages):
+    """Pieces of H in ``H/`` and of its L in ``L/`` that show the same; several L of one H are cut alike.
+
+    H is cut to a multiple of the scale first, so that no piece at its far edge is shifted against L's.
+    """
+
+    scale: int = 4
+    H: tuple[str, ...] = ()
+    L: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("size", "step"):
+            if (value := getattr(self, name)) % self.scale:
+                near = max(self.scale, value // self.scale * self.scale)
+                raise UserError(f"--{name} {value}: pieces of H are --scale {self.scale} times those of L; take {near}")
+
+    def settings(self) -> dict[str, Any]:
+        L = [str(Path(root).resolve()) for root in self.L]
+        return {"size": self.size, "step": self.step, "threshold": self.threshold, "scale": self.scale, "L": L}
+
+    def also_read(self) -> Sequence[str]:
+        return self.L
+
+    def folders(self, names: Sequence[str]) -> list[str]:
+        return [f"{role}/{name}" for role in "HL" for name in super(PairedSubimages, self).folders(names)]
+
+    def outputs(self, path: str, name: str) -> list[str]:
+        return [file for file, *_ in self._pieces(path, name)]
+
+    def make(self, path: str, name: str, wanted: Sequence[str]) -> Iterator[Product]:
+        source, img = "", np.empty(0)
+        for file, image, y, x, side in self._pieces(path, name):
+            if file in wanted:
+                if image != source:
+                    source, img = image, imread_uint(image, None)
+                yield Product(file, np.ascontiguousarray(img[y : y + side, x : x + side]))
+
+    def _pieces(self, path: str, name: str) -> Iterator[tuple[str, str, int, int, int]]:
+        """File, the image it is cut from, top, left and side."""
+        partners, problems = _partners_of(self.H, self.L, self.scale)
+        if path not in partners:
+            raise UserError(problems.get(path, f"{path}: no image in --L of its name"))
+        scale = self.scale
+        height, width = (side // scale for side in image_size(path))
+        corners = self._corners((scale * height, scale * width))
+        yield from ((f"H/{name}_s{i:03d}.png", path, y, x, self.size) for i, (y, x) in enumerate(corners, 1))
+        for L in partners[path]:
+            if (found := image_size(L)) != (height, width):
+                raise UserError(f"{L} is {found[1]}x{found[0]}, not 1/{scale} of {path}: {width}x{height}")
+            version = "".join(Path(L).stem.partition("+")[1:]) if len(partners[path]) > 1 else ""
+            for i, (y, x) in enumerate(corners, 1):
+                yield f"L/{name}_s{i:03d}{version}.png", L, y // scale, x // scale, self.size // scale
+
+    def _origins(self, side: int) -> list[int]:
+        scale, threshold = self.scale, self.threshold // self.scale
+        alone = Subimages(self.size // scale, self.step // scale, threshold)
+        return [scale * origin for origin in alone._origins(side // scale)]
+
+
+@lru_cache(maxsize=1)
+def _partners_of(H: tuple[str, ...], L: tuple[str, ...], scale: int) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """The L of each H, and what is the matter with those that have none; listed once in each process."""
+    opt = DatasetOptions(dataset_type="plain", dataroot_H=list(H), dataroot_L=list(L), scale=scale)
+    items, problems = list_files(opt)
+    partners: dict[str, list[str]] = {}
+    for item in items:
+        if item.L:
+            partners.setdefault(item.H, []).append(item.L)
+    return partners, {problem.partition(": ")[0]: problem for problem in problems}
+
+
 # -------------------------------------------------------------------------------------------------------------- masks
 
 
@@ -154,7 +256,7 @@ class Masks(Step):
 
     command = "masks"
     example = "--input DF2K_OST --output DF2K_OST_mask"
-    threshold: float = option(20.0, "of the Laplacian, in gray levels", type=float)
+    threshold: float = option(20.0, "of the Laplacian, in gray levels", type=level)
     format: str = option("mat", "what to write", choices=("mat", "png", "both"))
 
     def outputs(self, path: str, name: str) -> list[str]:
@@ -178,7 +280,7 @@ class LRBicubic(Step):
 
     command = "lr-bicubic"
     example = "--input DF2K_OST --output DF2K_OST_x4"
-    scale: int = option(4, "how much smaller", type=at_least(1))
+    scale: int = option(4, "how much smaller", type=at_least(1, 64))
 
     def outputs(self, path: str, name: str) -> list[str]:
         return [f"{name}.png"]
@@ -210,9 +312,9 @@ class LRBlind(Step):
     example = "--type blind_test --versions 30 --input DIV2K100 --output DIV2K100_blind"
     keeps_records = True
     type: str = option(..., f"one of {', '.join(DEGRADATIONS)}", choices=tuple(DEGRADATIONS), metavar="TYPE")
-    scale: int = option(4, "how much smaller", type=at_least(1))
-    versions: int = option(1, "of each image", type=at_least(1))
-    seed: int = option(0, "other draws for another", type=at_least(0))
+    scale: int = option(4, "how much smaller", type=at_least(1, 64))
+    versions: int = option(1, "of each image", type=at_least(1, 10000))
+    seed: int = option(0, "other draws for another", type=at_least(0, 2**63 - 1))
 
     def outputs(self, path: str, name: str) -> list[str]:
         if self.versions == 1:
@@ -238,13 +340,15 @@ class Enlarge(Step):
 
     command = "enlarge"
     example = "--input DIV2K100_blind --output DIV2K100_blind_bicubic"
-    scale: int = option(4, "how much larger", type=at_least(1))
+    scale: int = option(4, "how much larger", type=at_least(1, 16))
 
     def outputs(self, path: str, name: str) -> list[str]:
         return [f"{name}.png"]
 
     def make(self, path: str, name: str, wanted: Sequence[str]) -> Iterator[Product]:
-        yield Product(f"{name}.png", matlab_bicubic(imread_uint(path, None), self.scale))
+        img = imread_uint(path, None)
+        _check_area(img.shape[0] * self.scale, img.shape[1] * self.scale)
+        yield Product(f"{name}.png", matlab_bicubic(img, self.scale))
 
 
 @dataclass(frozen=True)

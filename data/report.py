@@ -6,28 +6,34 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from io import BytesIO
 from itertools import pairwise
 from pathlib import PurePath
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
+from data.alignment import find_shifts, unlikeness_of_shifts
 from data.duplicates import equal_images, near_duplicates, thumbnail
 from data.files import find_partners, group_versions, list_files
-from utils.utils_error import UserError
+from utils.utils_error import UserError, printable
 from utils.utils_image import (
     IMAGE_SUFFIXES,
     Array,
     decode,
+    dropped,
+    exif_orientation,
     get_image_paths,
     get_mask_paths,
+    imread_uint,
     read_file,
+    read_header,
     read_mask,
+    walk,
 )
+from utils.utils_lmdb import is_lmdb
 from utils.utils_option import DatasetOptions, parse
-from utils.utils_prepare import RECORDS, SETTINGS, run_all
+from utils.utils_prepare import run_all
+from utils.utils_tiff import TiffFacts
 
 _WIDTH = 80
 _SHOWN = 10  # names of one kind
@@ -102,7 +108,7 @@ def report(sets: Sequence[Folders], workers: int) -> int:
         if mask:
             trouble += _print(f"{title}: edge masks", _describe_masks(folders.mask, mask))
         if L or mask:
-            trouble += _print(f"{title}: partners", _describe_partners(folders, facts, L, mask))
+            trouble += _print(f"{title}: partners", _describe_partners(folders, facts, L, mask, workers))
     train = [facts for folders in sets if folders.is_train for facts in facts_of[folders.title]]
     test = [facts for folders in sets if not folders.is_train for facts in facts_of[folders.title]]
     if train and test:
@@ -117,13 +123,14 @@ def report(sets: Sequence[Folders], workers: int) -> int:
 
 def _print(title: str, lines: Iterator["_Line"]) -> int:
     """Print a section; returns how many of its lines are trouble."""
+    title = printable(title)
     print(f"\n{title}\n{'-' * min(len(title), _WIDTH)}")
     trouble = 0
     for label, text, names, is_trouble in lines:
         trouble += is_trouble
-        print(f"{'!' if is_trouble else ' '} {label:<18}{text}".rstrip())
+        print(f"{'!' if is_trouble else ' '} {label:<18}{printable(text)}".rstrip())
         for name in names[:_SHOWN]:
-            print(f"      {name}")
+            print(f"      {printable(name)}")
         if len(names) > _SHOWN:
             print(f"      ... and {len(names) - _SHOWN} more")
     return trouble
@@ -159,32 +166,24 @@ def _facts(is_mask: bool, path: str) -> Facts:
         return facts
     facts.size = (img.shape[0], img.shape[1])
     facts.kind = f"{8 * img.itemsize}-bit {'gray' if img.shape[2] == 1 else 'RGB'}"
-    facts.notes = list(_notes(data))
+    facts.notes = list(_notes(data, path))
     facts.digest = hashlib.sha1(repr((img.shape, img.dtype)).encode() + img.tobytes()).digest()
     facts.thumbnail = thumbnail(img)
     return facts
 
 
-def _notes(data: Array) -> Iterator[str]:
+def _notes(data: Array, path: str) -> Iterator[str]:
     """What was done to make an RGB or gray image of the file."""
-    try:
-        with Image.open(BytesIO(data.tobytes())) as image:
-            exif = Image.Exif()
-            # asked of a PNG, getexif would decode it all
-            if image.format == "TIFF":
-                exif = image.getexif()
-            else:
-                exif.load(image.info.get("exif", b""))
-            if exif.get(0x0112, 1) != 1:
-                yield "turned as their EXIF data say"
-            if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-                yield "with transparency, which is dropped"
-            if image.mode == "CMYK":
-                yield "CMYK, made RGB"
-            if getattr(image, "n_frames", 1) > 1:
-                yield "animated or of several pages, the first is used"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return  # a kind of TIFF that only OpenCV knows
+    header = read_header(data, path)
+    if header is None:
+        return
+    if exif_orientation(header) != 1:
+        yield "turned as their EXIF data say"
+    yield from dropped(data, path)
+    if header.is_cmyk if isinstance(header, TiffFacts) else header.mode == "CMYK":
+        yield "CMYK, made RGB"
+    if header.has_pages if isinstance(header, TiffFacts) else getattr(header, "n_frames", 1) > 1:
+        yield "animated or of several pages, the first is used"
 
 
 # -------------------------------------------------------------------------------------------------------- describing
@@ -210,8 +209,11 @@ def _describe(roots: Sequence[str], facts: Sequence[Facts], smallest: int) -> It
     if equal := equal_images([f.digest for f in good]):
         names = [" = ".join(good[i].path for i in group) for group in equal]
         yield _Line("equal pixels", f"{len(equal)} groups", names, True)
-    if others := _other_files(roots):
+    below = [walk(root, IMAGE_SUFFIXES) for root in roots if os.path.isdir(root) and not is_lmdb(root)]
+    if others := sum((found.others for found in below), Counter()):
         yield _Line("not read", f"files of other kinds: {_counts(others)}")
+    if closed := [line for found in below for line in found.closed]:
+        yield _Line("cannot be opened", str(len(closed)), closed, True)
 
 
 def _describe_masks(roots: Sequence[str], facts: Sequence[Facts]) -> Iterator[_Line]:
@@ -229,7 +231,7 @@ def _describe_masks(roots: Sequence[str], facts: Sequence[Facts]) -> Iterator[_L
 
 
 def _describe_partners(
-    folders: Folders, H: Sequence[Facts], L: Sequence[Facts], mask: Sequence[Facts]
+    folders: Folders, H: Sequence[Facts], L: Sequence[Facts], mask: Sequence[Facts], workers: int
 ) -> Iterator[_Line]:
     scale = folders.scale
     kind = ("plain" if L else "blindsr") + ("mask" if mask else "")
@@ -257,6 +259,36 @@ def _describe_partners(
                 wrong.append(f"{path} ({_size(size[path])}), not {_size(expected)}")
     if wrong:
         yield _Line("of another size", str(len(wrong)), wrong, True)
+    pairs = [
+        (item.H, item.L)
+        for item in items
+        if item.H in size and item.L in size and size[item.L] == tuple(side // scale for side in size[item.H])
+    ]
+    yield from _describe_shifts(pairs, scale, workers)
+
+
+def _describe_shifts(pairs: Sequence[tuple[str, str]], scale: int, workers: int) -> Iterator[_Line]:
+    found = run_all(partial(_unlikeness, scale), pairs, workers, "comparing L with H")
+    common, single = find_shifts(list(found))
+    if common != (0, 0) and len(pairs) >= 5:  # of fewer, chance may have degraded all alike
+        text = f"all L, by about {_shift(common)} of H: not made as MATLAB's bicubic is"
+        yield _Line("shifted alike", text)
+    if single:
+        names = [f"{pairs[i][1]} ({_shift(shift)})" for i, shift in single.items()]
+        text = f"{len(single)} of {len(pairs)} L, in pixels of H; cut pairs by subimages --L"
+        yield _Line("shifted", text, names, True)
+
+
+def _unlikeness(scale: int, pair: tuple[str, str]) -> Array:
+    """In a worker."""
+    H, L = (imread_uint(path, None) for path in pair)
+    return unlikeness_of_shifts(H, L, scale)
+
+
+def _shift(shift: tuple[int, int]) -> str:
+    down, right = shift
+    parts = [f"{abs(down)} {'down' if down > 0 else 'up'}"] * bool(down)
+    return ", ".join([*parts, *[f"{abs(right)} {'right' if right > 0 else 'left'}"] * bool(right)])
 
 
 def _without_H(facts: Sequence[Facts], H: Sequence[Facts], scale: int) -> list[str]:
@@ -292,19 +324,6 @@ def _histogram(sides: Sequence[int]) -> Iterator[str]:
         label = f"{edges[i]} to {edges[i + 1] - 1}" if edges[i + 1] < 1 << 30 else f"{edges[i]} or more"
         bar = "#" * round(40 * counts[i] / max(counts))
         yield f"{label:>12}  {counts[i]:>7}  {bar}".rstrip()
-
-
-def _other_files(roots: Sequence[str]) -> Counter[str]:
-    """Suffixes of what lies beside the images, as GIF and HEIC files that nobody would miss otherwise."""
-    others: Counter[str] = Counter()
-    for root in roots:
-        if root.rstrip("/").endswith(".lmdb"):
-            continue
-        for _, _, names in os.walk(root, followlinks=True):
-            named = (name for name in names if not name.startswith(".") and name not in (SETTINGS, RECORDS))
-            suffixes = (PurePath(name).suffix.lower() for name in named)
-            others.update(suffix or "no suffix" for suffix in suffixes if suffix not in IMAGE_SUFFIXES)
-    return others
 
 
 def _counts(counter: Counter[str], most: int = 8) -> str:

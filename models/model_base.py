@@ -1,9 +1,10 @@
 """What every model shares: its networks, their files, one optimizer step; and a generator, its EMA, its losses."""
 
 import copy
+import inspect
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from utils.utils_tile import restore
 
 logger = logging.getLogger(__name__)
 
+# The terms that are means over the batch's edge pixels; every other one is a mean over its images.
+OVER_EDGES = ("ssl", "ssl_l1", "ssl_kl")
+
 
 def image_of(output: Tensor | SPSROutput) -> Tensor:
     """The estimate E among what a generator returns."""
@@ -36,6 +40,18 @@ def _side(name: str) -> Side:
     """Whose training options a network has: D's each discriminator, D_grad too, G's the generator and its average."""
     sides: dict[str, Side] = {"G": "G", "E": "G", "D": "D", "R": "R"}
     return sides[name[0]]
+
+
+def _check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError where Adam's state is not of its parameters; torch would find out in the middle of a step."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state: dict[str, Any] = optimizer.state.get(parameter) or {}
+            for name in ("exp_avg", "exp_avg_sq") if state else ():
+                found = state.get(name)
+                if not isinstance(found, Tensor) or found.shape != parameter.shape or "step" not in state:
+                    shape = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else "missing"
+                    raise ValueError(f"{name} of a weight of shape {tuple(parameter.shape)} is {shape}")
 
 
 class ModelBase:
@@ -49,7 +65,7 @@ class ModelBase:
         self.opt = opt
         self.device = device
         self.log: dict[str, float] = {}
-        self.shown: dict[str, Tensor] = {}  # parts of a loss, logged at the next descent
+        self.shown: dict[str, Tensor] = {}  # what else is to be logged of the step at hand, parts of a loss for example
         self.networks: dict[str, nn.Module] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
 
@@ -69,9 +85,10 @@ class ModelBase:
         if utils_dist.world_size() > 1:
             # Buffers (spectral norm, batch statistics) stay each process's own: a broadcast in the middle of a step
             # would change in place what the other forward pass of the discriminator still needs.
-            network = DistributedDataParallel(
-                network, device_ids=[self.device] if self.device.type == "cuda" else None, broadcast_buffers=False
-            )
+            is_new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+            settings: dict[str, Any] = {"forward_sync_buffers" if is_new else "broadcast_buffers": False}
+            device_ids = [self.device] if self.device.type == "cuda" else None
+            network = DistributedDataParallel(network, device_ids=device_ids, **settings)
         self.networks[name] = network
         return network
 
@@ -127,7 +144,8 @@ class ModelBase:
                 if scaler and self.scaler.is_enabled():
                     self.scaler.load_state_dict(scaler)
                 optimizer.load_state_dict(state)
-            except (ValueError, KeyError, TypeError) as error:
+                _check_moments(optimizer)
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
                 raise UserError(f"{path}: does not fit this run's optimizer ({error}); use another task") from error
             # Only the moments come from the file: betas and weight decay are what the options say now.
             for group, own in zip(optimizer.param_groups, settings, strict=True):
@@ -144,44 +162,54 @@ class ModelBase:
         raise NotImplementedError
 
     def descend(self, name: str, terms: dict[str, Tensor], current_step: int) -> None:
-        """Backward through the sum of the terms and step the optimizer of one network, unless a number is not finite.
+        """Backward through the sum of the terms, then :meth:`update` one network."""
+        self.backward(name, terms)
+        self.update({name: terms}, current_step)
 
-        Raises:
-            UserError: a loss or the gradient is NaN or infinite; the weights are left as they were.
-        """
+    def backward(self, name: str, terms: dict[str, Tensor]) -> None:
+        """The gradient of the sum of the terms with respect to one network, in place of its last one."""
         self.optimizers[name].zero_grad(set_to_none=True)
-        self.backward(terms)
-        self.update(name, {**terms, **self.shown}, current_step)
+        self.add_gradient(terms)
 
-    def backward(self, terms: dict[str, Tensor]) -> None:
+    def add_gradient(self, terms: dict[str, Tensor]) -> None:
         """Add the gradient of the sum of the terms to what is there."""
         self.scaler.scale(torch.stack(list(terms.values())).sum()).backward()
 
-    def update(self, name: str, shown: dict[str, Tensor], current_step: int) -> None:
-        """Step the optimizer of one network by the gradients that are there, and log ``shown`` with their norm.
+    def update(self, trained: Mapping[str, Mapping[str, Tensor]], current_step: int) -> None:
+        """Step the optimizers of some networks by the gradients that are there, and log their terms, norms, ``shown``.
+
+        Args:
+            trained: the name of each network -> its loss's terms.
+            current_step: for messages.
 
         Raises:
-            UserError: as :meth:`descend`.
+            UserError: a loss or a gradient is NaN or infinite; all weights are left as they were.
         """
-        network, optimizer = self.networks[name], self.optimizers[name]
-        self.scaler.unscale_(optimizer)
-        clip = self.opt.train.optimizer(_side(name)).clipgrad
-        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), math.inf if clip is None else clip)
-        # One host synchronisation a step buys that no broken update is ever applied, let alone saved.
-        named = {**shown, f"{name}_grad": norm}
+        if not trained:  # a step in which everything rests
+            return
+        terms = {term: value for of_one in trained.values() for term, value in of_one.items()}
+        owner = {term: _side(name) for name, of_one in trained.items() for term in (*of_one, f"{name}_grad")}
+        norms = {}
+        for name in trained:
+            self.scaler.unscale_(self.optimizers[name])
+            clip = self.opt.train.optimizer(_side(name)).clipgrad or math.inf
+            norms[f"{name}_grad"] = torch.nn.utils.clip_grad_norm_(self.networks[name].parameters(), clip)
+        named = terms | self.shown | norms
         self.shown = {}
+        # One host synchronisation a step buys that no broken update is ever applied, let alone saved.
         values = torch.stack([v.detach().float() for v in named.values()]).tolist()
         self.log.update(zip(named, values, strict=True))
         # A gradient beyond half precision makes the scaler leave this step out and halve its factor, which helps once.
         overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
         for term, value in zip(named, values, strict=True):
-            if not math.isfinite(value) and not (overflow and term == f"{name}_grad"):
+            if not math.isfinite(value) and not (overflow and term in norms):
+                side = owner.get(term, "G")
                 raise UserError(
                     f"step {current_step}: {term} is {value}, training stops before it spoils the weights; lower "
-                    f"train.{_side(name)}_optimizer_lr or set train.{_side(name)}_optimizer_clipgrad, then start again "
-                    f"to resume"
+                    f"train.{side}_optimizer_lr or set train.{side}_optimizer_clipgrad, then start again to resume"
                 )
-        self.scaler.step(optimizer)
+        for name in trained:
+            self.scaler.step(self.optimizers[name])
         self.scaler.update()
 
     def update_learning_rate(self, current_step: int) -> None:

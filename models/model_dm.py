@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from models.autoencoder import PRECISION, define_autoencoder
-from models.model_base import ModelSR
+from models.model_base import OVER_EDGES, ModelSR
 from models.sampler import check_fit, define_process, define_sampler, enlarge
 from utils.utils_checkpoint import unwrap
 from utils.utils_error import UserError
@@ -70,12 +70,12 @@ class ModelDM(ModelSR):
         for images, edges in self._pieces():
             with self._exchange(last=images.stop == whole):
                 terms = self.losses(draw.of(images))
-                # All terms are means: over the images, in SSL over the edge pixels.
-                share = {name: edges if name.startswith("ssl") else len(self.L) / whole for name in terms | self.shown}
-                self.backward({name: share[name] * term for name, term in terms.items()})
+                share = {name: edges if name in OVER_EDGES else len(self.L) / whole for name in terms | self.shown}
+                self.add_gradient({name: share[name] * term for name, term in terms.items()})
             for name, value in (terms | self.shown).items():
                 shown[name] = shown.get(name, torch.zeros_like(value)) + share[name] * value.detach()
-        self.update("G", shown, current_step)
+            self.shown = {}
+        self.update({"G": shown}, current_step)
         self.update_E()
 
     def draw(self) -> Draw:

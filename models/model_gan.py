@@ -30,7 +30,7 @@ class ModelGAN(ModelSR):
         self.gan = GANLoss(opt.train.gan_type)
 
     def optimize_parameters(self, current_step: int) -> None:
-        """One step of the generator, then one of each discriminator on the same batch."""
+        """One step of the generator and of each discriminator, all from the same batch and the same E."""
         train = self.opt.train
         # The generator rests while it is the discriminators' turn alone.
         with_G = current_step > train.D_init_iters and current_step % train.D_update_ratio == 0
@@ -39,15 +39,19 @@ class ModelGAN(ModelSR):
             self.E = image_of(output)
             contests = {name: contest for name, contest in self.contests().items() if contest.weight > 0}
 
+        trained = {}
         if with_G:
             terms = self.fidelity_terms(output)
             for name, contest in contests.items():
                 terms[f"{name}_loss"] = contest.weight * self._fooling(name, contest)
-            self.descend("G", terms, current_step)
-            self.update_E()
-
+            self.backward("G", terms)
+            trained["G"] = terms
         for name, contest in contests.items():
-            self._discriminate(name, contest, current_step)
+            trained[name] = self._telling_apart(name, contest)
+            self.backward(name, trained[name])
+        self.update(trained, current_step)
+        if with_G:
+            self.update_E()
 
     def contests(self) -> dict[str, Contest]:
         """What each discriminator sees of H and E, by its name."""
@@ -66,11 +70,10 @@ class ModelGAN(ModelSR):
         netD.requires_grad_(True)
         return loss
 
-    def _discriminate(self, name: str, contest: Contest, current_step: int) -> None:
-        """The step of one discriminator."""
+    def _telling_apart(self, name: str, contest: Contest) -> dict[str, Tensor]:
+        """The losses of one discriminator, by name."""
         netD = self.networks[name]
         pred_real, pred_fake = netD(contest.real), netD(contest.fake.detach())
+        self.shown |= {f"{name}_real": pred_real.detach().mean(), f"{name}_fake": pred_fake.detach().mean()}
         l_real, l_fake = self.gan.discriminator(pred_real, pred_fake)
-        self.descend(name, {f"l_{name.lower()}_real": l_real, f"l_{name.lower()}_fake": l_fake}, current_step)
-        self.log[f"{name}_real"] = pred_real.detach().mean().item()
-        self.log[f"{name}_fake"] = pred_fake.detach().mean().item()
+        return {f"l_{name.lower()}_real": l_real, f"l_{name.lower()}_fake": l_fake}

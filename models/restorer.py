@@ -16,8 +16,9 @@ from models.sampler import DiffusionSampler, define_sampler
 from models.select_network import define_G
 from utils.utils_checkpoint import load_network, load_state_dict
 from utils.utils_error import UserError
+from utils.utils_name import safe_name
 from utils.utils_option import Options, network_options, strip_comments
-from utils.utils_resume import saved_steps
+from utils.utils_resume import newest_generator, saved_steps
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class Restorer:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The file itself, or of a run's folder (``root/task`` or its ``models``) the newest ``{iter}_E.pth``, else ``_G``.
+    """The file itself, or of a run's folder (``root/task`` or its ``models``) the newest ``{iter}_E.pth`` or ``_G``.
 
     Raises:
         UserError: there is no such file or folder, or the folder holds no generator.
@@ -47,14 +48,22 @@ def find_checkpoint(path: Path) -> Path:
             raise UserError(f"{path}: there is no such checkpoint or run's folder; put one there or name another")
         return path
     models = path / "models" if (path / "models").is_dir() else path
-    for network in "EG":
-        steps = saved_steps(models, network)
-        if steps:
-            checkpoint = models / f"{steps[0]}_{network}.pth"
-            averaged = " (the average E)" if network == "E" else " (no average E is there)"
-            logger.info("%s: the newest of %d is %s%s", path, len(steps), checkpoint.name, averaged)
-            return checkpoint
-    raise UserError(f"{path}: holds no generator {{iter}}_E.pth or {{iter}}_G.pth; name a run's folder or a checkpoint")
+    checkpoint = newest_generator(path)
+    if checkpoint is None:
+        raise UserError(
+            f"{path}: holds no generator {{iter}}_E.pth or {{iter}}_G.pth; name a run's folder or a checkpoint"
+        )
+    averages = saved_steps(models, "E")
+    count = len({*averages, *saved_steps(models, "G")})
+    if checkpoint.stem.endswith("_E"):
+        averaged = "the average E"
+    elif averages:
+        behind = int(checkpoint.stem.removesuffix("_G")) - averages[0]
+        averaged = f"the newest average {averages[0]}_E.pth is {behind} steps older than G"
+    else:
+        averaged = "no average E is there"
+    logger.info("%s: the newest of %d is %s (%s)", path, count, checkpoint.name, averaged)
+    return checkpoint
 
 
 def run_folder(checkpoint: Path) -> Path | None:
@@ -135,8 +144,8 @@ def load_restorer(
         raise UserError(f"{checkpoint}: is made for scale {options['scale']}, which --scale {scale} contradicts")
     if not label and Path(path).is_dir():
         folder = Path(path).resolve()
-        label = (folder.parent if folder.name == "models" else folder).name
-    return _load(label or checkpoint.stem, checkpoint, options, param_key, device)
+        label = safe_name((folder.parent if folder.name == "models" else folder).name)
+    return _load(label or safe_name(checkpoint.stem), checkpoint, options, param_key, device)
 
 
 def load_restorer_of(opt: Options, device: torch.device) -> Restorer:
@@ -146,7 +155,7 @@ def load_restorer_of(opt: Options, device: torch.device) -> Restorer:
         UserError: the checkpoint is missing, unreadable or does not fit ``netG``.
     """
     checkpoint = find_checkpoint(Path(opt.path.pretrained_netG) if opt.path.pretrained_netG else opt.task_dir)
-    return _load(opt.task, checkpoint, opt, opt.test.param_key, device)
+    return _load(safe_name(opt.task), checkpoint, opt, opt.test.param_key, device)
 
 
 def _load(

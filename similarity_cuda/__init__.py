@@ -14,8 +14,9 @@ copied into another trainer together. ``python -m similarity_cuda`` checks and t
         unless asked for). The loss is differentiable in sr.
 
 Both are deterministic, run to run and for any number of threads. On a GPU the host waits for it once in a call of
-``loss``, to learn how many pixels are masked: that is the size of what follows. They raise RuntimeError (ValueError for
-a mask that is not of {0, 1}) with the offending value.
+``loss``, to learn how many pixels are masked: that is the size of what follows. Arguments may have any layout in
+memory, results are contiguous. They raise RuntimeError (ValueError for a mask that is not of {0, 1}, a sigma that is
+not positive, negative weights) with the offending value.
 """
 
 import torch
@@ -37,7 +38,7 @@ _library.define(
 
 @torch.library.register_fake("similarity::distances")
 def _(img: Tensor, image: Tensor, row: Tensor, column: Tensor, search: int, window: int, zero_border: bool) -> Tensor:
-    return img.new_empty(len(image), search, search)
+    return img.new_empty(image.shape[0], search, search)
 
 
 @torch.library.register_fake("similarity::distances_backward")
@@ -51,13 +52,17 @@ def _(sr: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return sr.new_empty(()), sr.new_empty(()), sr.new_empty(()), gradient
 
 
+def _no_second_derivative(*_: object, **__: object) -> None:
+    raise RuntimeError("second derivatives of the self-similarity op are not provided (create_graph=True was asked)")
+
+
 def _distances_context(ctx, inputs, output) -> None:
     img, image, row, column, *ctx.settings = inputs
     ctx.save_for_backward(img, image, row, column)
 
 
 def _distances_gradient(ctx, grad):
-    gradient = torch.ops.similarity.distances_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings)
+    gradient = torch.ops.similarity.distances_backward(grad, *ctx.saved_tensors, *ctx.settings)
     return (gradient, *[None] * 6)
 
 
@@ -71,11 +76,9 @@ def _loss_context(ctx, inputs, output) -> None:
 def _loss_gradient(ctx, grad, *_):
     if ctx.needs_input_grad[1]:
         raise RuntimeError("similarity::loss has no gradient with respect to hr: detach it")
+    if torch.is_grad_enabled():
+        _no_second_derivative()
     return (grad * ctx.saved_tensors[0], *[None] * 10)
-
-
-def _no_second_derivative(ctx, inputs, output) -> None:
-    raise RuntimeError("second derivatives of the self-similarity op are not provided (create_graph=True was asked)")
 
 
 torch.library.register_autograd(

@@ -3,6 +3,8 @@
 
 #include <ATen/ATen.h>
 
+#include <cmath>
+
 #include "geometry.h"
 
 namespace similarity {
@@ -33,9 +35,16 @@ inline void check_pixels(const at::Tensor& img, const at::Tensor& image, const a
 }
 
 inline void check_gradient(const at::Tensor& grad, const at::Tensor& img, int64_t pixels, int64_t k) {
-  TORCH_CHECK(
-      grad.numel() == pixels * k * k && grad.scalar_type() == img.scalar_type() && grad.device() == img.device(),
-      "the gradient must have ", pixels * k * k, " entries of ", img.scalar_type(), " on ", img.device());
+  TORCH_CHECK(grad.sizes() == at::IntArrayRef({pixels, k, k}) && grad.scalar_type() == img.scalar_type() &&
+                  grad.device() == img.device(),
+              "the gradient ", grad.sizes(), " ", grad.scalar_type(), " on ", grad.device(), " must be [", pixels, ", ",
+              k, ", ", k, "] ", img.scalar_type(), " on ", img.device());
+}
+
+inline void check_settings(double sigma, double l1_weight, double kl_weight) {
+  TORCH_CHECK_VALUE(sigma > 0 && std::isfinite(sigma), "sigma must be positive and finite, not ", sigma);
+  for (const double weight : {l1_weight, kl_weight})
+    TORCH_CHECK_VALUE(weight >= 0 && std::isfinite(weight), "weights must be finite and not negative, not ", weight);
 }
 
 inline void check_pair(const at::Tensor& sr, const at::Tensor& hr, const at::Tensor& mask) {
@@ -46,6 +55,12 @@ inline void check_pair(const at::Tensor& sr, const at::Tensor& hr, const at::Ten
                   mask.size(3) == sr.size(3) && mask.device() == sr.device(),
               "mask ", mask.sizes(), " on ", mask.device(), " must be (N, 1, H, W) of the images ", sr.sizes(), " on ",
               sr.device());
+}
+
+// (N * C, H, W), contiguous: what the kernels, which know pointers only, are given. Of three dimensions, because what
+// PyTorch makes of (N, C, H, W) may take over its layout (channels_last), also where it writes into memory of ours.
+inline at::Tensor planes(const at::Tensor& img) {
+  return img.reshape({img.size(0) * img.size(1), img.size(2), img.size(3)}).contiguous();
 }
 
 // (image, row, column) of every mask entry equal to 1, in batch order, then raster order. On a GPU the host waits here,

@@ -20,17 +20,19 @@
 
 #include "boundary.h"
 #include "geometry.h"
+#include "terms.h"
 
 namespace {
 
 using at::Tensor;
 using similarity::Axis;
 using similarity::Geometry;
+using similarity::kEps;
 using similarity::Range;
+using similarity::Terms;
 
 constexpr int64_t kRows = 32, kColumns = 128;  // of a tile, in pixels: its fields stay in the caches nearest to a core
 constexpr int64_t kBlock = 16;                 // pixels whose graphs are compared together
-constexpr double kEps = 1e-10;                 // of the normalisation, and of the clamp in the KL term
 
 // ------------------------------------------------------------------------------------------------------ vectors
 
@@ -111,7 +113,8 @@ struct Pixels {
 };
 
 // Sort the masked pixels into tiles; tiles without a pixel do not exist.
-Pixels sort_into_tiles(const Tensor& image, const Tensor& row, const Tensor& column, const Geometry& g) {
+Pixels sort_into_tiles(const Tensor& any_image, const Tensor& any_row, const Tensor& any_column, const Geometry& g) {
+  const Tensor image = any_image.contiguous(), row = any_row.contiguous(), column = any_column.contiguous();
   const int64_t m = image.numel();
   const int64_t *pi = image.const_data_ptr<int64_t>(), *py = row.const_data_ptr<int64_t>(),
                 *px = column.const_data_ptr<int64_t>();
@@ -538,14 +541,6 @@ inline void exp_row(double* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] = std::exp(x[i]);
 }
 
-// What the loss needs besides distances.
-template <typename T>
-struct Terms {
-  T scale;             // of a sum of squares in the exponent, negative
-  T l1_flow, kl_flow;  // weight / number of entries * scale: dL / d distance = dL / ds * s * scale
-  bool generalization;
-};
-
 // Compares the graphs of kBlock pixels and replaces X, their distances in the output, by the gradient of the loss.
 // X and Y (those of the ground truth) are [d][pitch], of which the block is the first columns; `here` of them are
 // pixels, the others are computed and left out of the sums of L1 and KL, which are added to l1 and kl. scratch: 2 k^2
@@ -616,21 +611,24 @@ void compare(T* __restrict X, const T* __restrict Y, int64_t pitch, int64_t here
 
 // ------------------------------------------------------------------------------------------------------ operators
 
-// The image extended by reflection, or zeros of that size; the last vector of the last row may be read beyond its end.
+// The image extended by reflection, or zeros of that size, as planes; the last vector of the last row may be read beyond
+// its end.
 Tensor padded_zeros(const Tensor& img, const Geometry& g) {
   const int64_t size = g.n * g.c * g.plane();
   const Tensor memory = at::zeros({size + 32}, img.options());
-  return memory.narrow(0, 0, size).view({g.n, g.c, g.plane() / g.stride(), g.stride()});
+  return memory.narrow(0, 0, size).view({g.n * g.c, g.plane() / g.stride(), g.stride()});
 }
 
 Tensor pad(const Tensor& img, const Geometry& g) {
   Tensor padded = padded_zeros(img, g);
-  at::reflection_pad2d_out(padded, img, {g.reach(), g.reach(), g.reach(), g.reach()});
+  at::reflection_pad2d_out(padded, similarity::planes(img), {g.reach(), g.reach(), g.reach(), g.reach()});
   return padded;
 }
 
-Tensor unpad(const Tensor& grad, const Tensor& img, const Geometry& g) {
-  return at::reflection_pad2d_backward(grad, img, {g.reach(), g.reach(), g.reach(), g.reach()});
+Tensor unpad(const Tensor& grad, const Geometry& g) {
+  Tensor planes = at::empty({g.n * g.c, g.height, g.width}, grad.options());
+  at::reflection_pad2d_backward_out(planes, grad, planes, {g.reach(), g.reach(), g.reach(), g.reach()});
+  return planes.view({g.n, g.c, g.height, g.width});
 }
 
 // f(tile, workspace) for all tiles, those of one colour in parallel.
@@ -657,7 +655,7 @@ Tensor distances(const Tensor& img, const Tensor& image, const Tensor& row, cons
                  bool zero_border) {
   const Geometry g = similarity::check(img, k, w, zero_border, at::kCPU);
   similarity::check_pixels(img, image, row, column);
-  const Pixels pixels = sort_into_tiles(image.contiguous(), row.contiguous(), column.contiguous(), g);
+  const Pixels pixels = sort_into_tiles(image, row, column, g);
   Tensor result = at::empty({image.numel(), k, k}, img.options());
   if (!image.numel()) return result;
   const Tensor padded = pad(img, g);
@@ -679,7 +677,7 @@ Tensor distances_backward(const Tensor& grad, const Tensor& img, const Tensor& i
   const Geometry g = similarity::check(img, k, w, zero_border, at::kCPU);
   similarity::check_pixels(img, image, row, column);
   similarity::check_gradient(grad, img, image.numel(), k);
-  const Pixels pixels = sort_into_tiles(image.contiguous(), row.contiguous(), column.contiguous(), g);
+  const Pixels pixels = sort_into_tiles(image, row, column, g);
   if (!image.numel()) return at::zeros_like(img, at::MemoryFormat::Contiguous);
   const Tensor padded = pad(img, g), flow = grad.contiguous();
   Tensor result = padded_zeros(img, g);
@@ -693,7 +691,7 @@ Tensor distances_backward(const Tensor& grad, const Tensor& img, const Tensor& i
       tile_backward(source, target, g, pixels, tile, workspace, local.data());
     });
   });
-  return unpad(result, img, g);
+  return unpad(result, g);
 }
 
 // (l1_weight * L1 + kl_weight * KL, L1, KL, gradient of the first with respect to sr); the graphs of one tile at a
@@ -703,6 +701,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss(const Tensor& sr, const Tensor& 
                                                 double l1_weight, double kl_weight, bool with_gradient) {
   const Geometry g = similarity::check(sr, k, w, zero_border, at::kCPU);
   similarity::check_pair(sr, hr, mask);
+  similarity::check_settings(sigma, l1_weight, kl_weight);
   const std::vector<Tensor> where = similarity::masked_pixels(mask);
   const int64_t m = where[0].numel(), kk = k * k;
   const Tensor options = at::empty({0}, sr.options());
@@ -736,9 +735,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss(const Tensor& sr, const Tensor& 
   double l1 = 0, kl = 0;
   for (int64_t t = 0; t < pixels.tiles; ++t) l1 += l1_of[t], kl += kl_of[t];
   l1 /= double(m * kk), kl /= double(m * kk);
-  auto scalar = [&](double value) { return at::scalar_tensor(value, sr.options()); };
+  // By way of float64: what float32 cannot hold becomes infinite, as in any form, instead of an error.
+  auto scalar = [&](double value) {
+    return at::scalar_tensor(value, sr.options().dtype(at::kDouble)).to(sr.scalar_type());
+  };
   return {scalar(l1_weight * l1 + kl_weight * kl), scalar(l1), scalar(kl),
-          with_gradient ? unpad(gradient, sr, g) : options};
+          with_gradient ? unpad(gradient, g) : options};
 }
 
 }  // namespace

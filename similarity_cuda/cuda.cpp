@@ -54,7 +54,7 @@ class Batch {
   }
 
   Tensor pad(const Tensor& img) const {
-    return at::reflection_pad2d(img.contiguous(), {g_.reach(), g_.reach(), g_.reach(), g_.reach()});
+    return at::reflection_pad2d(similarity::planes(img), {g_.reach(), g_.reach(), g_.reach(), g_.reach()});
   }
 
   // Sums of squared differences, (k^2, pixels of the chunk).
@@ -129,7 +129,7 @@ Tensor distances(const Tensor& img, const Tensor& image, const Tensor& row, cons
   const Geometry g = similarity::check(img, k, w, zero_border, at::kCUDA);
   similarity::check_pixels(img, image, row, column);
   const c10::cuda::CUDAGuard guard(img.device());
-  Tensor result = at::empty({image.numel(), k, k}, img.options().memory_format(at::MemoryFormat::Contiguous));
+  Tensor result = at::empty({image.numel(), k, k}, img.options());
   if (!image.numel()) return result;
   AT_DISPATCH_FLOATING_TYPES(img.scalar_type(), "similarity::distances", [&] {
     const Batch<scalar_t> batch(g, img, image, row, column);
@@ -168,6 +168,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss(const Tensor& sr, const Tensor& 
                                                 double l1_weight, double kl_weight, bool with_gradient) {
   const Geometry g = similarity::check(sr, k, w, zero_border, at::kCUDA);
   similarity::check_pair(sr, hr, mask);
+  similarity::check_settings(sigma, l1_weight, kl_weight);
   const c10::cuda::CUDAGuard guard(sr.device());
   const std::vector<Tensor> where = similarity::masked_pixels(mask);
   const int64_t m = where[0].numel();

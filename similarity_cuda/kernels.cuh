@@ -28,7 +28,6 @@ constexpr int kOutputRows = 16;    // rows of the gradient that a thread keeps i
 constexpr int kSegment = 8;        // pixels of a row that a thread sums along
 constexpr int kMostThreads = 256;  // of a block with a column for each
 constexpr int kLanes = 32, kWarps = 8;  // of a block of compare: pixels, and threads for each
-constexpr double kEps = 1e-10;          // of the normalisation, and of the clamp in the KL term
 
 // Images cut into tiles of height x width pixels, one for each block.
 struct Tiling {

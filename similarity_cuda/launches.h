@@ -3,6 +3,7 @@
 #pragma once
 
 #include "geometry.h"
+#include "terms.h"
 
 typedef struct CUstream_st* cudaStream_t;  // as the CUDA runtime declares it
 
@@ -15,14 +16,6 @@ struct Chunk {
 
 struct Places {
   const int64_t *image, *row, *column;  // of the masked pixels of the batch
-};
-
-// What the loss needs besides distances.
-template <typename T>
-struct Terms {
-  T scale;             // of a sum of squares in the exponent, negative
-  T l1_flow, kl_flow;  // weight / number of entries * scale: dL / d sum = dL / ds * s * scale
-  bool generalization;
 };
 
 template <typename T>  // float or double

@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import torch
 _logger = logging.getLogger(__name__)
 _SOURCES = {"cpp": ["cpu.cpp"], "cuda": ["cuda.cpp", "kernels.cu"]}
 _loaded: dict[str, Exception | None] = {}  # kind -> None where it is loaded, else why it is not
+_loading = threading.Lock()
 
 
 class UnavailableError(RuntimeError):
@@ -33,19 +36,27 @@ def load(kind: str) -> None:
 
     Raises:
         UnavailableError: no GPU, compiler, CUDA toolkit or ninja, or the build failed. Asked again, it fails at once.
+            Threads that ask meanwhile wait for the end of the build.
     """
     if kind not in _loaded:
-        _loaded[kind] = None
-        try:
-            if kind == "cuda" and not torch.cuda.is_available():
-                raise RuntimeError("PyTorch finds no CUDA GPU")
-            _build_and_load(kind)
-        except Exception as error:
-            _loaded[kind] = error
+        with _loading:
+            if kind not in _loaded:
+                _loaded[kind] = _attempt(kind)
     reason = _loaded[kind]
     if reason is not None:
         text = " ".join(str(reason).split())
         raise UnavailableError(f"{text[:300]}{' ...' if len(text) > 300 else ''} ({facts()})") from reason
+
+
+def _attempt(kind: str) -> Exception | None:
+    """-> None, or why the kernels of ``kind`` could not be loaded."""
+    try:
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("PyTorch finds no CUDA GPU")
+        _build_and_load(kind)
+    except Exception as error:
+        return error
+    return None
 
 
 def facts() -> str:
@@ -121,16 +132,25 @@ def _flags() -> tuple[list[str], list[str]]:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """One process builds while the others wait; the system drops the lock of a process that dies."""
-    with path.open("w") as file:
+    with path.open("a") as file:
         if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+            _wait_for_windows(file.fileno())
         else:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _wait_for_windows(file: int) -> None:
+    """Lock a file however long it takes: the lock that waits by itself (LK_LOCK) gives up after 10 seconds."""
+    import msvcrt
+
+    while True:
+        try:
+            return msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except PermissionError:  # another process has it
+            time.sleep(0.5)
 
 
 def _architectures() -> str:
@@ -173,15 +193,16 @@ def _build(name: str, sources: list[Path], compiler_flags: list[str], linker_fla
     from torch.utils import cpp_extension
 
     with_cuda = any(source.suffix == ".cu" for source in sources)
-    environment = dict(os.environ)
+    choose_architectures = with_cuda and not os.environ.get("TORCH_CUDA_ARCH_LIST")
     if with_cuda:
         toolkit = _toolkit()
         if toolkit is None:
             raise RuntimeError("there is no CUDA toolkit (nvcc): install the one of PyTorch's CUDA, or set CUDA_HOME")
         cpp_extension.CUDA_HOME = str(toolkit)  # PyTorch takes nvcc's folder as it stands
-        os.environ["TORCH_CUDA_ARCH_LIST"] = _architectures()
     _logger.info("building the self-similarity op, once for this machine: about a minute")
     with tempfile.TemporaryDirectory(dir=library.parent, ignore_cleanup_errors=True) as folder:
+        if choose_architectures:
+            os.environ["TORCH_CUDA_ARCH_LIST"] = _architectures()
         try:
             built = cpp_extension.load(
                 name,
@@ -195,7 +216,7 @@ def _build(name: str, sources: list[Path], compiler_flags: list[str], linker_fla
                 is_standalone=False,
             )
         finally:
-            os.environ.clear()
-            os.environ.update(environment)
+            if choose_architectures:
+                del os.environ["TORCH_CUDA_ARCH_LIST"]
         result = Path(built) if isinstance(built, str) else next(Path(folder).glob(f"{name}*{library.suffix}"))
         os.replace(result, library)

@@ -1,24 +1,25 @@
 """Shared by all tests: the repository on the path, few threads, small generated images."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-GOLDEN = REPOSITORY.parent / "shared" / "golden"
 sys.path.insert(0, str(REPOSITORY))
 torch.set_num_threads(1)  # on networks this small, threads would mostly wait for each other
 
 
-@pytest.fixture(scope="session")
-def golden() -> Path:
-    """Numbers of the published implementations made from public photographs, which are not part of this repository."""
-    if not GOLDEN.is_dir():
-        pytest.skip("../shared/golden is not here: these numbers come from photographs that are not distributed")
-    return GOLDEN
+@pytest.fixture
+def golden() -> Callable[[str], Any]:
+    """Numbers of the published implementations; those made from photographs need ``../shared/golden``."""
+    from tests.golden_numbers import golden
+
+    return golden
 
 
 def photograph(height: int, width: int, seed: int = 0, channels: int = 3) -> np.ndarray:

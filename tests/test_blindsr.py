@@ -8,6 +8,8 @@ import pytest
 import torch
 from scipy import ndimage
 
+from tests.conftest import photograph
+from tests.golden_numbers import figures
 from utils import utils_blindsr as blindsr
 from utils import utils_degrade_image as on_image
 from utils import utils_degrade_steps as steps
@@ -39,7 +41,7 @@ def test_gaussian_profile_is_the_root_of_fspecial(golden, size, std):
     # float64 rounding; fspecial also zeroes what is below 2e-16 of the peak
     np.testing.assert_allclose(
         np.outer(profile, profile),
-        np.load(golden / "image" / "kair_blindsr.npz")[f"fspecial_gaussian_{size}_{std}"],
+        golden("image/kair_blindsr.npz")[f"fspecial_gaussian_{size}_{std}"],
         atol=1e-15,
     )
 
@@ -48,28 +50,46 @@ def test_gaussian_profile_is_the_root_of_fspecial(golden, size, std):
 def test_anisotropic_gaussian_equals_kairs(golden, case):
     kernel = steps.anisotropic_gaussian(*ANISOTROPIC[case])
     np.testing.assert_allclose(
-        kernel, np.load(golden / "image" / "kair_blindsr.npz")[f"anisotropic_gaussian_{case}"], atol=1e-15
+        kernel, golden("image/kair_blindsr.npz")[f"anisotropic_gaussian_{case}"], atol=1e-15
     )  # float64 rounding
 
 
 @pytest.mark.parametrize("upper_left", [True, False])
 @pytest.mark.parametrize("sf", [2, 3, 4])
-def test_shift_pixel_equals_kairs(golden, sf, upper_left):
-    z = np.load(golden / "image" / "kair_blindsr.npz")
+def test_shifted_kernels_equal_kairs(golden, sf, upper_left):
+    z = golden("image/kair_blindsr.npz")
     kernel = steps.shift_pixel(z["anisotropic_gaussian_0"], sf, upper_left)
     np.testing.assert_allclose(kernel, z[f"shift_pixel_kernel_sf{sf}_upperleft{upper_left}"], atol=1e-15)
+
+
+@pytest.mark.parametrize("upper_left", [True, False])
+@pytest.mark.parametrize("sf", [2, 3, 4])
+def test_shifted_images_equal_kairs(golden, sf, upper_left):
+    z = golden("image/kair_blindsr.npz")
     # KAIR shifts images in place, and the stored ones have been shifted twice; they are float32
     twice = steps.shift_pixel(steps.shift_pixel(z["shift_input_image"], sf, upper_left), sf, upper_left)
     np.testing.assert_allclose(twice, z[f"shift_pixel_image_sf{sf}_upperleft{upper_left}"], atol=2e-7)
 
 
 def test_sharpening_equals_kairs(golden):
-    z = np.load(golden / "image" / "kair_blindsr.npz")
+    z = golden("image/kair_blindsr.npz")
     img = uint2single(z["degradation_input_uint8"])
     # the same OpenCV calls; another build may sum in another order
     np.testing.assert_allclose(on_image.add_sharpening(img), z["add_sharpening"], atol=2e-6)
     sharpened = on_image.add_sharpening(img, weight=1.0, radius=15, threshold=5)
     np.testing.assert_allclose(sharpened, z["add_sharpening_w1_r15_t5"], atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "recorded"),
+    [
+        ({}, [0.512469483, 0.220540258, 0.423130542, 0.758985937]),
+        ({"weight": 1.0, "radius": 15, "threshold": 5}, [0.513384367, 0.232741356, 0.458121717, 0.694847405]),
+    ],
+)
+def test_sharpening_of_a_made_image_has_the_values_recorded_when_kairs_were_met(settings, recorded):
+    sharp = on_image.add_sharpening(uint2single(photograph(44, 52, 3)), **settings)
+    assert figures(sharp) == pytest.approx(recorded, rel=1e-5)  # as above: float32, another OpenCV
 
 
 # ----------------------------------------------------------------------------------------------------------- kernels

@@ -1,11 +1,18 @@
 """Every published layout loads into every network of its family, and every bad file is one clear line."""
 
+import argparse
+import collections
+import functools
 import os
 import pickle
 import re
-from pathlib import Path
+from datetime import datetime, timedelta, timezone
+from decimal import Decimal
+from pathlib import Path, PureWindowsPath
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,8 +21,9 @@ from torch import Tensor, nn
 from models.network_msrresnet import MSRResNet1
 from models.network_rrdb import RRDB
 from models.network_rrdbnet import RRDBNet, RRDBNetBasicSR
-from utils.utils_checkpoint import load_network, load_state_dict, save_atomically, save_network
+from utils.utils_checkpoint import load_checkpoint_file, load_network, load_state_dict, save_atomically, save_network
 from utils.utils_error import UserError
+from utils.utils_pickle import HARMLESS
 
 
 def family(scale: int = 4) -> list[nn.Module]:
@@ -74,13 +82,76 @@ def test_averaged_weights_are_preferred_and_a_key_can_be_asked_for(tmp_path: Pat
         load_state_dict(path, "params_e")
 
 
+@pytest.mark.parametrize(
+    "key",
+    ["model_ema", "ema", "ema_state_dict", "state_dict_ema", "params-ema", "netG_ema", "G_ema", "modelEMA", "swa"],
+)
+def test_an_average_under_any_name_is_preferred_and_the_choice_is_said_once(key: str, tmp_path: Path, caplog) -> None:
+    path = tmp_path / "both.pth"
+    weights = [{"w": torch.full((1,), float(n))} for n in range(3)]
+    torch.save({"model": weights[0], key: weights[1], "netD_ema": weights[2], "iter": 5}, path)
+    with caplog.at_level("INFO"):
+        assert all(load_state_dict(path)["w"].item() == 1 for _ in range(2))
+    assert caplog.messages == [
+        f"{path}: takes the average {key!r} and leaves model, netD_ema; --param_key names another"
+    ]
+    assert load_state_dict(path, "model")["w"].item() == 0
+
+
+def test_an_average_that_lies_deeper_or_beside_the_plain_weights_is_found(tmp_path: Path) -> None:
+    plain, average = {"a.w": torch.zeros(1), "b": torch.zeros(1)}, {"a.w": torch.ones(1), "b": torch.ones(1)}
+    both = {f"online_model.{key}": value for key, value in plain.items()}
+    both |= {f"ema_model.{key}": value for key, value in average.items()}
+    files = {
+        "shadow": {"model": plain, "ema": {"decay": 0.999, "shadow": average}},
+        "ema_pytorch": {"model": plain, "ema": {**both, "initted": torch.tensor(True), "step": torch.tensor(3)}},
+        "swa_utils": {"n_averaged": torch.tensor(5), **{f"module.{key}": value for key, value in average.items()}},
+        "lightning": {
+            "pytorch-lightning_version": "2.5",
+            "state_dict": {
+                **{f"net_g.{key}": value for key, value in plain.items()},
+                **{f"net_g_ema.module.{key}": value for key, value in average.items()},
+                "lpips.w": torch.zeros(3),
+            },
+        },
+    }
+    for name, content in files.items():
+        torch.save(content, tmp_path / f"{name}.pth")
+        found = load_state_dict(tmp_path / f"{name}.pth")
+        assert found.keys() == average.keys(), name
+        assert all(value.item() == 1 for value in found.values()), name
+    assert load_state_dict(tmp_path / "lightning.pth", "net_g")["b"].item() == 0
+
+
+def test_a_lightning_module_gives_its_generator(tmp_path: Path) -> None:
+    source = RRDBNet(3, 3, 8, 1, 4)
+    for prefix in ("model.", "net_g._orig_mod."):
+        weights = {f"{prefix}{key}": value for key, value in source.state_dict().items()}
+        content = {"state_dict": {**weights, "loss.w": torch.zeros(1)}, "pytorch-lightning_version": "2.5"}
+        torch.save(content, tmp_path / "lightning.ckpt")
+        assert load_network(tmp_path / "lightning.ckpt", RRDBNet(3, 3, 8, 1, 4)).complete
+
+
+def test_a_network_whose_own_names_begin_with_model_keeps_them(tmp_path: Path) -> None:
+    network = nn.ModuleDict({"model": nn.ModuleDict({"a": nn.Linear(2, 2)})})
+    save_network(network, tmp_path / "D.pth")
+    assert load_network(tmp_path / "D.pth", network).complete
+
+
+def test_the_only_weights_are_taken_whatever_their_key_is(tmp_path: Path) -> None:
+    torch.save({"student": {"w": torch.ones(1)}, "epoch": 3, "config": {"lr": 0.1}}, tmp_path / "G.pth")
+    assert load_state_dict(tmp_path / "G.pth")["w"].item() == 1
+
+
 def test_bare_prefixed_and_safetensors_weights_are_the_same_weights(tmp_path: Path) -> None:
     weights = {"a.weight": torch.rand(2), "b.bias": torch.rand(3)}
     torch.save(weights, tmp_path / "bare.pth")
     torch.save({"state_dict": {f"module.{key}": value for key, value in weights.items()}}, tmp_path / "ddp.pt")
     torch.save({f"_orig_mod.module.{key}": value for key, value in weights.items()}, tmp_path / "compiled.pth")
     save_file(weights, tmp_path / "w.safetensors")
-    for name in ("bare.pth", "ddp.pt", "compiled.pth", "w.safetensors"):
+    save_file(weights, tmp_path / "renamed.pth")
+    torch.save(weights, tmp_path / "renamed.safetensors")
+    for name in ("bare.pth", "ddp.pt", "compiled.pth", "w.safetensors", "renamed.pth", "renamed.safetensors"):
         found = load_state_dict(tmp_path / name)
         assert found.keys() == weights.keys()
         assert all(torch.equal(found[key], weights[key]) for key in weights)
@@ -155,15 +226,148 @@ class Malicious:
         self.target = target
 
 
-def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path: Path) -> None:
+class Calls:
+    """Pickled as a call of anything."""
+
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.call = function, args
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+LEGACY: dict[str, Any] = {"_use_new_zipfile_serialization": False}
+
+
+@pytest.mark.parametrize("how", [{}, LEGACY, {"pickle_protocol": 4}, {**LEGACY, "pickle_protocol": 4}])
+def test_code_in_a_checkpoint_is_refused_and_not_run(how: dict[str, Any], tmp_path: Path) -> None:
     trap = Malicious(tmp_path / "trap")
-    torch.save({"params": trap}, tmp_path / "zip.pth")
+    make = f"__import__('os').mkdir({str(trap.target)!r})"
+    hidden = (
+        trap,
+        Calls(eval, make),
+        Calls(exec, make),
+        Calls(map, os.mkdir, [str(trap.target)]),
+        Calls(functools.partial, os.mkdir, str(trap.target)),
+        Calls(collections.defaultdict, os.getcwd),
+        Calls(np.load, str(trap.target)),
+        Calls(torch.load, str(trap.target)),
+        Calls(getattr, torch.nn.Linear, "__init__"),
+    )
+    for content in hidden:
+        torch.save({"params": {"w": torch.zeros(1)}, "more": content}, tmp_path / "x.pth", **how)
+        with pytest.raises(UserError, match=r"x\.pth: refused, it holds"):
+            load_state_dict(tmp_path / "x.pth")
     (tmp_path / "old.pth").write_bytes(pickle.dumps(trap, protocol=2))
     (tmp_path / "new.pth").write_bytes(pickle.dumps(trap, protocol=4))
-    for name in ("zip.pth", "old.pth", "new.pth"):
-        with pytest.raises(UserError, match=rf"{name}: refused"):
+    for name in ("old.pth", "new.pth"):
+        with pytest.raises(UserError, match=rf"{name}: refused, it holds (posix|nt)\.mkdir"):
             load_state_dict(tmp_path / name)
     assert not trap.target.exists()
+
+
+def test_arrays_that_lie_about_their_size_or_hold_pointers_are_not_built(tmp_path: Path) -> None:
+    array, scalar = np.ones(2), np.float64(1)
+    (rebuild, arguments, state), (make, (kind, _)) = array.__reduce__(), scalar.__reduce__()
+    lies = (
+        (1, (10**12,), *state[2:]),  # more numbers than bytes
+        (1, (-1, -2), *state[2:]),
+        (1, (1,), np.dtype(object), False, state[4]),  # an address made of bytes
+        (1, (2,), np.dtype([("a", "f8")]), False, state[4]),
+    )
+
+    class Lie:
+        def __init__(self, *call: Any) -> None:
+            self.call = call
+
+        def __reduce__(self) -> Any:
+            return self.call
+
+    for lie in (*(Lie(rebuild, arguments, state) for state in lies), Lie(make, (np.dtype(object), b"12345678"))):
+        torch.save({"params": {"w": lie}}, tmp_path / "x.pth")
+        with pytest.raises(UserError):
+            load_state_dict(tmp_path / "x.pth")
+    assert kind == np.float64
+
+
+BESIDE = {
+    "numpy number": np.float64(30.1),
+    "numpy integer": np.int64(3),
+    "numpy text": np.str_("x4"),
+    "array": np.arange(6.0).reshape(2, 3),
+    "empty array": np.zeros(0),
+    "array of objects": np.array([1, "a", None], dtype=object),
+    "dtype": np.dtype("f4"),
+    "type": np.float32,
+    "random state": np.random.RandomState(0).get_state(),
+    "path": Path("a") / "b",
+    "windows path": PureWindowsPath("c:/x"),
+    "time": datetime(2026, 1, 2, tzinfo=timezone.utc),
+    "duration": timedelta(3),
+    "defaultdict": collections.defaultdict(list, x=[1]),
+    "counter": collections.Counter("aab"),
+    "deque": collections.deque([1, 2], 3),
+    "namespace": argparse.Namespace(lr=1e-4, root=Path("x")),
+    "simple namespace": SimpleNamespace(a=1),
+    "sets": [frozenset([1]), {2}],
+    "bytes": [b"", b"abc"],
+    "others": [range(3), slice(2), 1j, Decimal("1.5"), torch.float16, torch.device("cpu"), torch.Size([2])],
+}
+
+
+@pytest.mark.parametrize("how", [{}, LEGACY])
+def test_weights_load_whatever_harmless_stands_beside_them(how: dict[str, Any], tmp_path: Path) -> None:
+    weights = {"w": torch.rand(3)}
+    for name, value in BESIDE.items():
+        torch.save({"params": weights, "more": {"value": value}}, tmp_path / "x.pth", **how)
+        assert torch.equal(load_state_dict(tmp_path / "x.pth")["w"], weights["w"]), name
+    torch.save({"params": weights, **BESIDE}, tmp_path / "x.pth", **how)
+    content = load_checkpoint_file(tmp_path / "x.pth")
+    assert content["numpy number"] == 30.1
+    assert np.array_equal(content["array"], BESIDE["array"])
+    assert content["defaultdict"] == {"x": [1]}
+
+
+def test_both_spellings_of_numpy_are_read_and_arrays_become_tensors(tmp_path: Path) -> None:
+    arrays = {"w": np.arange(3.0, dtype=">f4"), "scale": np.array(2.0), "F": np.asfortranarray(np.eye(2, 3))}
+    torch.save({"params": arrays, "iter": np.int64(5)}, tmp_path / "x.pth", **LEGACY)
+    content = (tmp_path / "x.pth").read_bytes()
+    spellings = {
+        content.replace(old, new) for old, new in ((b"numpy._core.", b"numpy.core."), (b"numpy.core.", b"numpy._core."))
+    }
+    for spelling in (content, *spellings):
+        (tmp_path / "x.pth").write_bytes(spelling)
+        found = load_state_dict(tmp_path / "x.pth")
+        assert {key: value.tolist() for key, value in found.items()} == {k: v.tolist() for k, v in arrays.items()}
+
+
+def test_the_allowed_names_are_stand_ins_of_this_project_and_allowed_here_alone(tmp_path: Path) -> None:
+    # A class of another library in the list could do anything when it is built.
+    assert {base.__module__ for cls in HARMLESS for base in cls.__bases__} == {"utils.utils_pickle"}
+    before = torch.serialization.get_safe_globals()
+    torch.save({"w": torch.ones(1)}, tmp_path / "x.pth")
+    load_state_dict(tmp_path / "x.pth")
+    assert {*torch.serialization.get_safe_globals()} == {*before}
+
+
+@pytest.mark.parametrize("how", [{}, LEGACY])
+def test_other_pickles_are_named_with_a_command_that_mends_them(how: dict[str, Any], tmp_path: Path) -> None:
+    weights = {"w": torch.rand(3)}
+    torch.save({"params": weights, "psnr": np.float64(30)}, tmp_path / "4.pth", pickle_protocol=4, **how)
+    torch.save({"model": nn.Linear(2, 2)}, tmp_path / "whole.pth", **how)
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps({"w": np.ones(3)}, protocol=2))
+    said = {
+        "4.pth": "written in pickle protocol 4",
+        "whole.pth": r"refused, it holds torch\.nn\.modules\.linear\.Linear: a whole pickled network",
+        "plain.pkl": "a plain pickle",
+    }
+    for name, words in said.items():
+        with pytest.raises(UserError, match=words) as caught:
+            load_state_dict(tmp_path / name)
+        command = re.search(r'python -c "(.*)"', str(caught.value))
+        assert command, str(caught.value)
+        exec(command[1])
+        assert load_state_dict(tmp_path / f"{Path(name).stem}_again.pth")
 
 
 def test_a_whole_pickled_network_is_refused_by_its_class(tmp_path: Path) -> None:

@@ -1,19 +1,33 @@
 """Data sets: pairing by name, one place and one flip for L, H and mask, repeatable draws, the check before training."""
 
+import os
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.io import savemat
 from torch.utils.data import DataLoader
 
 from data.check import check_dataset, find_problems
-from data.files import find_partners
+from data.files import find_partners, group_files
 from data.select_dataset import define_Dataset
+from tests.conftest import photograph
 from utils.utils_error import UserError
-from utils.utils_image import imread_uint, imresize_np, imsave, modcrop, uint2single
+from utils.utils_image import (
+    IMAGE_SUFFIXES,
+    get_image_paths,
+    image_size,
+    imread_uint,
+    imresize_np,
+    imsave,
+    modcrop,
+    uint2single,
+)
 
 SCALE = 4
 
@@ -214,7 +228,7 @@ def test_one_channel_is_one_channel(tmp_path):
 def test_images_without_ground_truth(folders):
     item = define_Dataset(options(phase="test", dataset_type="l", dataroot_L=folders.L))[0]
     assert item["L"].shape == (3, 15, 20)
-    assert sorted(item) == ["L", "L_path"]
+    assert sorted(item) == ["L", "L_extras", "L_path"]
 
 
 # ------------------------------------------------------------------------------------------------------------- blind
@@ -398,3 +412,121 @@ def test_a_plus_that_belongs_to_the_name_is_kept(folders):
         ("a+b.png", "a+b.png"),
         ("H/a.png", "L/a.png"),
     ]
+
+
+# ------------------------------------------------------------------------------------------------------ walking folders
+
+
+def put(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def found(root):
+    return [Path(path).relative_to(root).as_posix() for path in get_image_paths(str(root))]
+
+
+def test_hidden_files_and_those_of_systems_are_left_out(tmp_path):
+    put(tmp_path, "a.png", "@user/b.png", "._a.png", ".ipynb_checkpoints/a.png", "@eaDir/a.png/thumb.jpg")
+    put(tmp_path, "#recycle/a.png", "$RECYCLE.BIN/a.png", "System Volume Information/a.png", "__MACOSX/._a.png")
+    put(tmp_path, "lost+found/a.png", "sub/.trash/a.png", "Thumbs.db", "sub/desktop.ini")
+    assert found(tmp_path) == ["@user/b.png", "a.png"]
+    put(tmp_path, ".mine/a.png")
+    assert found(tmp_path / ".mine") == ["a.png"]
+
+
+def test_links_are_followed_and_loops_of_links_end(tmp_path):
+    root = tmp_path / "H"
+    put(tmp_path, "H/a.png", "H/sub/b.png", "out/c.png", "beside.png")
+    for link, target in (("H/sub/up", "H"), ("H/over", "."), ("H/0", "H/sub"), ("H/out", "out"), ("out/back", "H")):
+        (tmp_path / link).symlink_to(tmp_path / target, target_is_directory=True)
+    assert found(root) == ["a.png", "out/c.png", "sub/b.png"]
+
+
+def test_files_of_other_kinds_are_counted_in_one_line(tmp_path, caplog):
+    put(tmp_path, "a.png", "b.heic", "sub/c.HEIC", "d.cr2", "prepared.json")
+    for _ in range(2):
+        assert found(tmp_path) == ["a.png"]
+    assert caplog.messages == [f"{tmp_path}: 3 files of other kinds were not read (.heic, .cr2)"]
+
+
+def test_a_folder_that_cannot_be_opened_is_named(tmp_path, caplog, monkeypatch, capsys):
+    put(tmp_path, "a.png", "shut/b.png")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("shut"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert found(tmp_path) == ["a.png"]
+    assert caplog.messages == [f"{tmp_path}: 1 folder cannot be read ({tmp_path / 'shut'}: Permission denied)"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kind", "lossless"),
+    [
+        ("jfif", "JPEG", False),
+        ("jpe", "JPEG", False),
+        ("dib", "DIB", True),
+        ("gif", "GIF", True),
+        ("ppm", "PPM", True),
+        ("pgm", "PPM", True),
+        ("tga", "TGA", True),
+        ("apng", "PNG", True),
+        ("avif", "AVIF", False),
+        ("jp2", "JPEG2000", True),
+    ],
+)
+@pytest.mark.parametrize("without_opencv", [False, True])
+def test_images_of_more_kinds_are_read(tmp_path, monkeypatch, suffix, kind, lossless, without_opencv):
+    if f".{suffix}" not in IMAGE_SUFFIXES:
+        pytest.skip(f"this Pillow cannot read {suffix}")
+    if without_opencv and kind in ("JPEG", "PNG"):
+        pytest.skip("every OpenCV reads it")
+    image = photograph(40, 52, channels=1 if suffix == "pgm" else 3)
+    path = tmp_path / f"a.{suffix}"
+    source = Image.fromarray(image if suffix != "pgm" else image[..., 0])
+    source = source.quantize(64) if suffix == "gif" else source
+    source.save(path, format=kind, **({} if lossless else {"quality": 95, "subsampling": "4:4:4"}))
+    if without_opencv:
+        monkeypatch.setattr(cv2, "imdecode", lambda *_: None)
+    shown = np.asarray(source.convert("RGB"))
+    assert found(tmp_path) == [path.name]
+    assert image_size(str(path)) == (40, 52)
+    read = imread_uint(str(path))
+    # losses at quality 95 are a level or two; swapped channels would be off by 50
+    assert np.abs(read.astype(int) - shown).mean() <= (0 if lossless else 3)
+    assert imread_uint(str(path), None).shape[2] == (1 if suffix == "pgm" else 3)
+    assert imread_uint(str(path), 1).shape == (40, 52, 1)
+
+
+def test_of_a_gif_the_first_frame_is_read_with_the_colours_below_what_is_transparent(tmp_path):
+    first = Image.fromarray(photograph(20, 30)).quantize(16)
+    first.save(tmp_path / "a.gif", transparency=3, save_all=True, append_images=[first.rotate(180)])
+    np.testing.assert_array_equal(imread_uint(str(tmp_path / "a.gif")), np.asarray(first.convert("RGB")))
+
+
+def test_new_kinds_are_read_but_not_written(tmp_path):
+    with pytest.raises(UserError, match="no image format is called"):
+        imsave(photograph(8, 8), str(tmp_path / "a.gif"))
+
+
+def test_names_pair_however_accents_are_written():
+    assert find_partners(["H/e\u0301te\u0301.png"], ["L/\u00e9t\u00e9x4.png"], 4) == [["L/\u00e9t\u00e9x4.png"]]
+    # where both are there each has its own
+    both = ["a/e\u0301.png", "a/\u00e9.png"]
+    assert find_partners(both, both, 4) == [[path] for path in both]
+
+
+def test_names_that_differ_in_case_are_two():
+    assert find_partners(["H/a.png", "H/A.png"], ["L/A.png"], 4) == [[], ["L/A.png"]]
+
+
+def test_files_that_stand_together_are_a_group(tmp_path):
+    put(tmp_path, "x/a.png", "x/b.png", "y/c.png", "z/d.png")
+    x, y = tmp_path / "x", tmp_path / "y"
+    given = [f"{x}/a.png", f"{x}/b.png", f"{x}/b.png", f"{y}/c.png", "-", str(tmp_path / "z"), str(tmp_path / "z")]
+    assert group_files(given) == [given[:2], given[3:4], ["-"], given[5:6], given[6:]]

@@ -2,17 +2,30 @@
 
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
-from tests.conftest import REPOSITORY
-from tests.training import SSL, Workplace
+from data.dataset_blindsr import DatasetBlindSR
+from models.model_base import ModelBase
+from tests.conftest import REPOSITORY, photograph
+from tests.training import SSL, Workplace, tree
+from utils import utils_dist
+from utils.utils_error import UserError
 from utils.utils_image import imsave
+from utils.utils_loader import SampleKey
+from utils.utils_train import training_options
 
 
 @pytest.fixture
@@ -75,3 +88,336 @@ def test_two_processes_with_half_the_batch_each_equal_one_process(work: Workplac
         torch.testing.assert_close(two[key], one[key], rtol=0, atol=5e-5, msg=lambda m, key=key: f"{key}: {m}")
     scores = [re.search(r"PSNR (\S+) dB, SSIM (\S+)", work.log(task)) for task in ("one", "two")]
     assert scores[0][0] == scores[1][0]  # the processes share the images of the test set
+
+
+# ------------------------------------------------------------------------------------------------ mistakes, together
+
+
+class Ended(NamedTuple):
+    """How one process of several ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+class Processes:
+    """Forks of this process, each with the variables of torchrun and a store as torchrun's, under ``run``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(
+        self, main: Callable[[int], None], count: int = 2, agent: bool = True, **variables: str
+    ) -> list[Ended]:
+        """``main(rank)`` in each."""
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        if agent:
+            port = store.port
+        else:  # as without torchrun: the first process keeps the store
+            with socket.socket() as free:
+                free.bind(("", 0))
+                port = free.getsockname()[1]
+        pids = []
+        for rank in range(count):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": agent}
+            pid = os.fork()
+            if pid == 0:
+                self._child(main, rank, {name: str(value) for name, value in {**place, **variables}.items()})
+            pids.append(pid)
+        end = time.monotonic() + 60
+        statuses: dict[int, int] = {}
+        while len(statuses) < count:
+            for pid in set(pids) - set(statuses):
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    statuses[pid] = os.waitstatus_to_exitcode(status)
+                elif time.monotonic() > end:
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+        return [Ended(statuses[pid], *map(self._text, (f"{r}.out", f"{r}.err"))) for r, pid in enumerate(pids)]
+
+    def _text(self, name: str) -> str:
+        return (self.folder / name).read_text()
+
+    def _child(self, main: Callable[[int], None], rank: int, variables: dict[str, str]) -> NoReturn:
+        status = 99
+        try:
+            os.environ.update(variables)
+            for number, name in ((1, "out"), (2, "err")):
+                os.dup2(os.open(self.folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+            sys.excepthook = sys.__excepthook__
+            utils_dist.run(lambda: main(rank))
+        except SystemExit as error:
+            status = int(error.code or 0)
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Processes:
+    return Processes(tmp_path)
+
+
+forks = pytest.mark.skipif(sys.platform != "linux", reason="forks this process, which macOS and Windows cannot")
+
+
+def one_line(ended: list[Ended], expected: str, by: int | None = None) -> None:
+    """All left with status 2, and one of them (process ``by``) with one line."""
+    assert [e.status for e in ended] == [2] * len(ended), ended
+    lines = [e.err for e in ended]
+    assert re.fullmatch(f"error: .*{expected}.*\n", "".join(lines)), lines
+    assert by is None or lines[by], lines
+
+
+def raises_in(rank: int, error: BaseException, step: int = 2) -> Callable[..., dict[str, float]]:
+    """A stand-in for ``ModelBase.current_log`` that fails in one process's step."""
+    calls = iter(range(1, 100))
+
+    def current_log(self: ModelBase) -> dict[str, float]:
+        if next(calls) == step and utils_dist.rank() == rank:
+            raise error
+        return dict(self.log)
+
+    return current_log
+
+
+@forks
+@pytest.mark.parametrize(
+    ("rank", "overrides", "expected"),
+    [
+        (0, "datasets.train.dataroot_H=/nowhere", "there is no /nowhere"),
+        (1, "datasets.train.dataroot_H=/nowhere", "there is no /nowhere"),
+        (1, "path.pretrained_netG={root}/o.json", r"o\.json"),
+        (1, "netG.nonsense=1", "nonsense"),
+        (1, "path.root={root}/other", "the step of the newest checkpoint is 0 for one process and 2 for another"),
+        (1, "datasets.train.dataroot_H={root}/T", "items in train is 2 for one process and 3 for another"),
+    ],
+)
+def test_what_one_process_alone_sees_before_training_is_its_one_line(
+    work: Workplace, processes: Processes, rank: int, overrides: str, expected: str
+) -> None:
+    work.run("train.iterations=2", "train.checkpoint_test=1000", "datasets.test=null")
+    before = tree(work.root / "runs")
+    mine = overrides.replace("{root}", str(work.root))
+    ended = processes(lambda r: work.run("train.iterations=3", "datasets.test=null", *([mine] if r == rank else [])))
+    one_line(ended, expected, by=None if "one process" in expected else rank)
+    assert tree(work.root / "runs") == before
+    assert not (work.root / "other").exists()
+
+
+@forks
+@pytest.mark.parametrize("agent", [True, False])
+def test_an_image_that_only_the_first_process_looks_at_is_its_one_line(
+    work: Workplace, processes: Processes, agent: bool
+) -> None:
+    imsave(photograph(20, 24), str(work.root / "H" / "small.png"))
+    one_line(processes(lambda rank: work.run(), agent=agent), r"small\.png \(24x20\): smaller than H_size 32", by=0)
+    assert not (work.root / "runs").exists()
+
+
+@forks
+@pytest.mark.parametrize("overrides", ["datasets.train.dataloader_batch_size=4", "scale=99", "datasets.train="])
+def test_a_mistake_that_all_processes_see_is_one_line_once(
+    work: Workplace, processes: Processes, overrides: str
+) -> None:
+    one_line(
+        processes(lambda rank: work.run(overrides), count=3), "(cannot be shared by 3|scale: must be|must be a section)"
+    )
+
+
+@forks
+@pytest.mark.parametrize(
+    ("rank", "error", "expected"),
+    [
+        (
+            1,
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."),
+            "Tried to allocate",
+        ),
+        (0, OSError(28, "No space left on device", "events"), "events: No space left on device"),
+        (1, UserError("step 2: G_loss is nan"), "G_loss is nan"),
+    ],
+)
+def test_what_stops_one_process_in_a_step_is_its_one_line(
+    work: Workplace, processes: Processes, monkeypatch: pytest.MonkeyPatch, rank: int, error: Exception, expected: str
+) -> None:
+    monkeypatch.setattr(ModelBase, "current_log", raises_in(rank, error))
+    one_line(processes(lambda r: work.run("datasets.test=null")), expected, by=rank)
+
+
+@forks
+def test_a_disk_that_is_full_is_one_line_of_the_process_that_saves(
+    work: Workplace, processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*_: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr("torch.save", no_space)
+    one_line(processes(lambda rank: work.run("datasets.test=null")), r"2_G\.pth: cannot be written", by=0)
+
+
+@forks
+def test_an_image_that_breaks_while_training_is_one_line_of_the_process_that_reads_it(
+    work: Workplace, processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = DatasetBlindSR.__getitem__
+
+    def broken(self: DatasetBlindSR, key: SampleKey) -> dict[str, Any]:
+        if key[1][1] == 5:  # the second process's sample of step 3
+            raise MemoryError("Unable to allocate 3 TiB")
+        return whole(self, key)
+
+    monkeypatch.setattr(DatasetBlindSR, "__getitem__", broken)
+    workers = "datasets.train.dataloader_num_workers=1"
+    one_line(processes(lambda rank: work.run(workers, "datasets.test=null")), "Unable to allocate 3 TiB", by=1)
+
+
+@forks
+def test_a_process_that_is_killed_is_one_line_of_another(
+    work: Workplace, processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: ModelBase) -> dict[str, float]:
+        if utils_dist.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+
+    monkeypatch.setattr(ModelBase, "current_log", killed)
+    monkeypatch.setattr(utils_dist, "_GRACE", 1.0)
+    first, second = processes(lambda rank: work.run("datasets.test=null"))
+    assert second.status == -signal.SIGKILL
+    one_line([first], "another of the 2 processes has ended without a word")
+
+
+@forks
+def test_a_process_that_waits_where_nothing_wakes_it_leaves_too(
+    work: Workplace, processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def current_log(self: ModelBase) -> dict[str, float]:
+        if utils_dist.rank() == 1:
+            raise UserError("the second process's mistake")
+        time.sleep(100)  # as a collective of NCCL, whose end on the other side is gone
+        return {}
+
+    monkeypatch.setattr(ModelBase, "current_log", current_log)
+    one_line(processes(lambda rank: work.run("datasets.test=null")), "the second process's mistake", by=1)
+
+
+@forks
+def test_a_fault_of_the_program_shows_its_traceback_once(
+    work: Workplace, processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ModelBase, "current_log", raises_in(1, ZeroDivisionError("a fault")))
+    first, second = processes(lambda rank: work.run("datasets.test=null"))
+    assert (first.status, second.status) == (1, 1)
+    assert first.err == ""
+    assert second.err.count("Traceback") == 1
+    assert second.err.endswith("ZeroDivisionError: a fault\n")
+
+
+@forks
+def test_a_signal_to_one_process_stops_and_saves_all(
+    work: Workplace, processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def current_log(self: ModelBase) -> dict[str, float]:
+        if utils_dist.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    monkeypatch.setattr(ModelBase, "current_log", current_log)
+    ended = processes(lambda rank: work.run("datasets.test=null"))
+    assert [(e.status, e.err) for e in ended] == [(128 + signal.SIGTERM, "")] * 2
+    assert "stopped by a signal at step 1" in ended[0].out
+    assert set(work.saved(1)) == {"G", "E", "optimizerG"}
+
+
+@forks
+def test_help_is_printed_once(processes: Processes, capfd: pytest.CaptureFixture[str]) -> None:
+    ended = processes(lambda rank: training_options("What it does.", ["plain"], ["--help"]) and None)
+    assert [e.status for e in ended] == [0, 0]
+    assert "What it does." in ended[0].out
+    assert ended[1].out == ended[0].err == ended[1].err == ""
+
+
+# --------------------------------------------------------------------------------------------------------- meeting
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ("RANK=0", "RANK set in the environment, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start.*torchrun"),
+        ("WORLD_SIZE=2", "WORLD_SIZE set in the environment, but not RANK"),
+        ("LOCAL_RANK=1", "LOCAL_RANK set in the environment, but not RANK"),
+        ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=localhost", "but not MASTER_PORT"),
+        ("RANK=zero WORLD_SIZE=1", "RANK=zero .*from 0 to 0"),
+        ("RANK=-1 WORLD_SIZE=2", "RANK=-1"),
+        ("RANK=2 WORLD_SIZE=2", "RANK=2 .*from 0 to 1"),
+        ("RANK=1.5 WORLD_SIZE=2", r"RANK=1\.5"),
+        ("RANK=0 WORLD_SIZE=0", "WORLD_SIZE=0 .*from 1"),
+        ("RANK=0 WORLD_SIZE=many", "WORLD_SIZE=many"),
+        ("RANK=0 WORLD_SIZE=" + 5000 * "9", "WORLD_SIZE=999"),
+        ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=2", "LOCAL_RANK=2 .*from 0 to 1"),
+        ("RANK=0 WORLD_SIZE=4 LOCAL_RANK=2 LOCAL_WORLD_SIZE=2", "LOCAL_RANK=2 .*from 0 to 1"),
+        ("RANK=0 WORLD_SIZE=2 LOCAL_WORLD_SIZE=3", "LOCAL_WORLD_SIZE=3"),
+        ("RANK=0 WORLD_SIZE=2 MASTER_PORT=port", "MASTER_PORT=port"),
+        ("RANK=0 WORLD_SIZE=2 MASTER_PORT=70000", "MASTER_PORT=70000"),
+        ("RANK=1 WORLD_SIZE=2 MASTER_ADDR=no.such.machine.invalid", r"MASTER_ADDR=no\.such\.machine\.invalid: no mach"),
+        ("RANK=0 WORLD_SIZE=2 MASTER_PORT={used}", "MASTER_PORT=.*in use.*choose another"),
+        ("RANK=1 WORLD_SIZE=2 MASTER_PORT={free}", r"no process 0 at 127\.0\.0\.1:\d+ within 0\.5 seconds"),
+        ("RANK=1 WORLD_SIZE=2 MASTER_PORT={used}", r"the processes cannot meet at 127\.0\.0\.1"),
+        ("RANK=0 WORLD_SIZE=2 MASTER_PORT={free}", r"WORLD_SIZE=2, but 1 came to 127\.0\.0\.1:\d+ within 0\.5 sec"),
+    ],
+)
+def test_wrong_variables_of_torchrun_are_one_line_in_good_time(
+    work: Workplace, monkeypatch: pytest.MonkeyPatch, variables: str, expected: str
+) -> None:
+    monkeypatch.setattr(utils_dist, "JOIN_LIMIT", timedelta(seconds=0.5))
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.socket() as used, socket.socket() as free:
+        used.bind(("", 0)), free.bind(("", 0))
+        used.listen()
+        ports = {"{used}": used.getsockname()[1], "{free}": free.getsockname()[1]}
+        free.close()
+        given = dict(pair.split("=") for pair in variables.split())
+        if len(given) > 1 and "MASTER_ADDR" not in given:
+            given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "{free}", **given}
+        elif "invalid" in variables:
+            given["MASTER_PORT"] = "{free}"
+        for name, value in given.items():
+            monkeypatch.setenv(name, str(ports.get(value, value)))
+        with pytest.raises(UserError, match=expected) as error:
+            work.run()
+        utils_dist.close()
+    assert "\n" not in str(error.value)
+    assert not (work.root / "runs").exists()
+
+
+def test_variables_of_one_process_and_leftovers_need_no_meeting(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "no.such.machine.invalid")
+    assert utils_dist.place() == utils_dist.Place()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert utils_dist.place().world_size == 1
+
+
+@forks
+def test_two_processes_of_one_number_are_one_line(work: Workplace, processes: Processes) -> None:
+    one_line(processes(lambda rank: work.run(), RANK="0"), "RANK=0 is the number of two processes")
+
+
+@forks
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [(["cuda a", "cuda a"], r"processes 0 and 1 are on one GPU \(cuda a\)"), (["cuda a", "cpu"], "some have none")],
+)
+def test_processes_that_cannot_train_together_on_their_devices_are_one_line(
+    work: Workplace, processes: Processes, monkeypatch: pytest.MonkeyPatch, names: list[str], expected: str
+) -> None:
+    monkeypatch.setattr(utils_dist, "_device_name", lambda device: names[int(os.environ["RANK"])])
+    one_line(processes(lambda rank: work.run()), expected)

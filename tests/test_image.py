@@ -1,6 +1,5 @@
 """Reading, writing, colour, MATLAB bicubic and metrics: golden values of KAIR and BasicSR, and twins on made images."""
 
-import json
 from pathlib import Path
 
 import cv2
@@ -10,15 +9,10 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
+from tests.conftest import photograph
+from tests.golden_numbers import figures, golden
 from utils import utils_image as util
 from utils.utils_error import UserError
-
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="golden values of the reference code are not at hand")
-
-
-def golden(name):
-    return np.load(GOLDEN / name)
 
 
 def smooth_image(height=40, width=52, seed=0):
@@ -207,7 +201,6 @@ def test_the_eight_augmentations_are_all_different_and_treat_gray_as_rgb():
     np.testing.assert_array_equal(util.augment_img(img, 4), img[:, ::-1])
 
 
-@needs_golden
 @pytest.mark.parametrize("mode", range(8))
 def test_augmentations_equal_kairs(mode):
     z = golden("image/kair_blindsr.npz")
@@ -228,16 +221,19 @@ def test_white_and_black_have_matlabs_luma_in_every_dtype():
     np.testing.assert_array_equal(util.unrounded_y(np.full((2, 2, 1), 9, np.uint8)), np.full((2, 2), 9.0))
 
 
-@needs_golden
-def test_colour_equals_kairs_and_basicsrs():
+@pytest.mark.parametrize("kind", ["uint8", "float"])
+def test_colour_equals_kairs(kind):
     z = golden("image/colour.npz")
-    for kind in ("uint8", "float"):
-        img = z[f"rgb_{kind}"]
-        # uint8 exactly; float32: two units in the last place below 1
-        for only_y, name in ((True, "rgb2ycbcr_y"), (False, "rgb2ycbcr")):
-            ours = util.rgb2ycbcr(img, only_y)
-            assert ours.dtype == img.dtype
-            np.testing.assert_allclose(ours.astype(float), z[f"kair/{name}/{kind}"], atol=1.2e-7)
+    img = z[f"rgb_{kind}"]
+    # uint8 exactly; float32: two units in the last place below 1
+    for only_y, name in ((True, "rgb2ycbcr_y"), (False, "rgb2ycbcr")):
+        ours = util.rgb2ycbcr(img, only_y)
+        assert ours.dtype == img.dtype
+        np.testing.assert_allclose(ours.astype(float), z[f"kair/{name}/{kind}"], atol=1.2e-7)
+
+
+def test_luma_that_is_not_rounded_equals_basicsrs():
+    z = golden("image/colour.npz")
     # the reference computes in float32, whose step near 235 is 1.5e-5
     y = util.unrounded_y(z["rgb_uint8"])
     np.testing.assert_allclose(y, z["basicsr/to_y_channel_of_bgr_uint8"][..., 0], atol=4e-5)
@@ -246,7 +242,6 @@ def test_colour_equals_kairs_and_basicsrs():
 # ---------------------------------------------------------------------------------------------------- MATLAB bicubic
 
 
-@needs_golden
 @pytest.mark.parametrize("crop", ["even48x60", "odd37x45", "odd51x33"])
 def test_bicubic_equals_kairs_in_numpy_and_torch(crop):
     z = golden("image/imresize.npz")
@@ -263,11 +258,27 @@ def test_bicubic_equals_kairs_in_numpy_and_torch(crop):
         np.testing.assert_allclose(tensor.permute(1, 2, 0), z[name], atol=1e-6, err_msg=name)
 
 
-@needs_golden
 def test_bicubic_of_gray_equals_kairs():
     z = golden("image/imresize.npz")
     for scale, name in ((0.5, "x1_2"), (2, "x2")):
         np.testing.assert_allclose(util.imresize_np(z["input_gray"], scale), z[f"output_gray/{name}"], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("scale", "antialiasing", "recorded"),
+    [
+        (1 / 2, True, [0.512116084, 0.171230698, 0.67934967, 0.47675614]),
+        (1 / 3, True, [0.517588198, 0.164346056, 0.290576234, 0.336136001]),
+        (1 / 4, True, [0.512116084, 0.161097621, 0.386612228, 0.538979911]),
+        (2, True, [0.512116084, 0.179173357, 0.700052198, 0.697751052]),
+        (3, True, [0.512116084, 0.179263348, 0.278544353, 0.480852093]),
+        (1 / 2, False, [0.512116084, 0.177966492, 0.714613991, 0.476087622]),
+    ],
+)
+def test_bicubic_of_a_made_image_has_the_values_recorded_when_the_golden_ones_were_met(scale, antialiasing, recorded):
+    img = util.uint2single(photograph(44, 52, 3)).astype(np.float64)
+    # recorded with nine digits
+    assert figures(util.imresize_np(img, scale, antialiasing)) == pytest.approx(recorded, rel=1e-8)
 
 
 def test_bicubic_of_a_step_has_matlabs_values():
@@ -302,6 +313,30 @@ def test_bicubic_of_tensors_is_differentiable_and_agrees_with_numpy():
     np.testing.assert_allclose(resized[0].detach().permute(1, 2, 0), util.imresize_np(img, 0.5), atol=1e-14)
     resized.sum().backward()
     assert tensor.grad.sum().item() == pytest.approx(resized.numel())  # each output pixel hands out a weight of 1
+
+
+def test_a_tensor_is_resized_in_blocks_with_the_same_numbers_and_gradient(monkeypatch):
+    image = torch.rand(2, 3, 23, 31, dtype=torch.float64, requires_grad=True)
+    for scale in (4, 3, 1.7, 0.5, 1 / 3):
+        whole = util.imresize(image, scale)
+        (expected,) = torch.autograd.grad(whole.square().sum(), image)
+        with monkeypatch.context() as patch:
+            patch.setattr(util, "_BLOCK", 5)
+            blocks = util.imresize(image, scale)
+        (gradient,) = torch.autograd.grad(blocks.square().sum(), image)
+        # Float64 sums of the same numbers, in another order.
+        torch.testing.assert_close(blocks, whole, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_resizing_a_long_tensor_builds_no_matrix_of_its_whole_length(monkeypatch):
+    sizes = []
+    toarray = util.csr_array.toarray
+    monkeypatch.setattr(
+        util.csr_array, "toarray", lambda self: sizes.append(self.shape[0] * self.shape[1]) or toarray(self)
+    )
+    assert util.imresize(torch.zeros(1, 1, 20000, 2), 4).shape == (1, 1, 80000, 8)
+    assert max(sizes) < 512 * 512
 
 
 # ----------------------------------------------------------------------------------------------------------- metrics
@@ -361,11 +396,10 @@ def test_metrics_refuse_what_cannot_be_compared():
         util.calculate_ssim(a, a, border=1)
 
 
-@needs_golden
 @pytest.mark.parametrize("border", [0, 4])
 @pytest.mark.parametrize("name", ["baby", "bird", "butterfly", "head", "woman"])
 def test_metrics_equal_kairs_and_basicsrs(name, border):
-    reference = json.loads((GOLDEN / "image/metrics.json").read_text())[name]
+    reference = golden("image/metrics.json")[name]
     E, H = golden("image/metrics.npz")[f"sr/{name}"], golden("ssl/images_set5.npz")[name]
     forms = {
         "kair_{}_rgb": ((E, H), 1e-9),

@@ -1,39 +1,28 @@
 """Each loss equals the published one, value and gradient; hand-computed twins need no fixtures."""
 
-import json
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from models.loss import CharbonnierLoss, GANLoss, PerceptualLoss, SSIMLoss, pixel_loss, ssim
-from tests.conftest import GOLDEN
+from tests.golden_numbers import Tensors, golden
 from utils.utils_error import UserError
-
-GOLDEN_LOSSES = GOLDEN / "losses"
-needs_golden = pytest.mark.skipif(not GOLDEN_LOSSES.is_dir(), reason=f"{GOLDEN_LOSSES} is not there")
 
 # float64 on both sides, from the same float32 inputs: only the order of summation differs.
 FLOAT64 = {"rtol": 1e-10, "atol": 1e-12}
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(GOLDEN_LOSSES / f"{name}.npz", allow_pickle=False) as stored:
-        return {key: torch.from_numpy(np.asarray(stored[key])).double() for key in stored.files}
 
 
 def leaf(x: Tensor) -> Tensor:
     return x.clone().requires_grad_()
 
 
-@needs_golden
 @pytest.mark.parametrize("gan_type", ["gan", "ragan", "lsgan", "wgan", "softplusgan"])
 def test_gan_losses_equal_kairs_training_step(gan_type: str) -> None:
-    stored = golden("gan_kair")
-    weight = json.loads((GOLDEN_LOSSES / "losses_kair.json").read_text())["gan_kair"]["D_lossfn_weight"]
+    stored = Tensors("losses/gan_kair.npz")
+    weight = golden("losses/losses_kair.json")["gan_kair"]["D_lossfn_weight"]
     loss = GANLoss(gan_type)
     for i in (0, 1):
         step = f"step_{gan_type}/logits_{i}"
@@ -49,11 +38,10 @@ def test_gan_losses_equal_kairs_training_step(gan_type: str) -> None:
         torch.testing.assert_close(fake.grad, stored[f"{step}/grad_l_d_fake_wrt_fake"], **FLOAT64)
 
 
-@needs_golden
 @pytest.mark.parametrize("gan_type", ["gan", "lsgan", "wgan", "softplusgan"])
 def test_labels_enter_gan_losses_as_in_kair(gan_type: str) -> None:
-    stored = golden("gan_kair")
-    labels = json.loads((GOLDEN_LOSSES / "losses_kair.json").read_text())["gan_kair"]["label_sets"]
+    stored = Tensors("losses/gan_kair.npz")
+    labels = golden("losses/losses_kair.json")["gan_kair"]["label_sets"]
     for j, values in enumerate(labels):
         loss = GANLoss(gan_type, **values)
         for i in (0, 1):
@@ -69,10 +57,9 @@ def test_labels_enter_gan_losses_as_in_kair(gan_type: str) -> None:
                 torch.testing.assert_close(gradient, stored[f"{key}/grad"], **FLOAT64)
 
 
-@needs_golden
 def test_ragan_basicsr_equals_the_training_step_of_basicsr() -> None:
-    stored = golden("gan_basicsr")
-    weight = json.loads((GOLDEN_LOSSES / "losses_basicsr.json").read_text())["gan_basicsr"]["relativistic_loss_weight"]
+    stored = Tensors("losses/gan_basicsr.npz")
+    weight = golden("losses/losses_basicsr.json")["gan_basicsr"]["relativistic_loss_weight"]
     loss = GANLoss("ragan_basicsr")
     for i in (0, 1):
         step = f"relativistic_vanilla/logits_{i}"
@@ -130,10 +117,9 @@ def test_gan_loss_says_what_it_misses() -> None:
         GANLoss("ragan").generator(torch.zeros(1, 1))
 
 
-@needs_golden
 @pytest.mark.parametrize(("name", "loss"), [("default", CharbonnierLoss()), ("eps1e-3", CharbonnierLoss(1e-3))])
 def test_charbonnier_equals_kairs(name: str, loss: nn.Module) -> None:
-    stored = golden("pixel_kair")
+    stored = Tensors("losses/pixel_kair.npz")
     E = leaf(stored["pred"])
     value = loss(E, stored["target"])
     torch.testing.assert_close(value, stored[f"charbonnier_{name}/value"], **FLOAT64)
@@ -141,11 +127,10 @@ def test_charbonnier_equals_kairs(name: str, loss: nn.Module) -> None:
     torch.testing.assert_close(E.grad, stored[f"charbonnier_{name}/grad"], **FLOAT64)
 
 
-@needs_golden
 @pytest.mark.parametrize("window", [7, 11])
 @pytest.mark.parametrize("colour", ["rgb", "gray"])
 def test_ssim_equals_kairs(window: int, colour: str) -> None:
-    stored = golden("pixel_kair")
+    stored = Tensors("losses/pixel_kair.npz")
     channels = slice(0, 3 if colour == "rgb" else 1)
     case = f"ssim_{colour}_window{window}"
     E, H = leaf(stored["ssim_img2"][:, channels]), stored["ssim_img1"][:, channels]

@@ -1,8 +1,6 @@
 """The losses of LDL, BebyGAN, SPSR and RankSRGAN have the published values and gradients, also on generated images."""
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,17 +23,13 @@ from models.loss_systems import (
 from models.network_ranksrgan import RankerVGG12
 from models.network_spsr import GradientMap
 from tests.conftest import photograph
+from tests.golden_numbers import Tensors, golden
 from utils.utils_image import imresize, uint2tensor4
 
 # float64 on both sides: only the order of summation differs.
 FLOAT64 = {"rtol": 1e-10, "atol": 1e-12}
 # Figures written down with eleven or more digits, computed in float64.
 DIGITS = {"rel": 1e-9, "abs": 0.0}
-
-
-def stored(golden: Path, name: str) -> dict[str, Tensor]:
-    with np.load(golden / "losses" / f"{name}.npz", allow_pickle=False) as arrays:
-        return {key: torch.from_numpy(np.asarray(arrays[key])).double() for key in arrays.files}
 
 
 def value_and_gradient(loss: Callable[[Tensor], Tensor], E: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,8 +58,8 @@ def photographs(height: int, width: int, dtype: torch.dtype = torch.float64) -> 
 
 
 @pytest.mark.parametrize("window", [7, 3])
-def test_artifact_maps_have_the_published_numbers(golden: Path, window: int) -> None:
-    ldl = stored(golden, "ldl")
+def test_artifact_maps_have_the_published_numbers(window: int) -> None:
+    ldl = Tensors("losses/ldl.npz")
     E, H, E_ema = ldl["output"], ldl["gt"], ldl["ema"]
     residual = (H - E).abs().sum(1, keepdim=True)
     torch.testing.assert_close(local_variance(residual, window), ldl[f"local_weights_k{window}"], **FLOAT64)
@@ -74,8 +68,8 @@ def test_artifact_maps_have_the_published_numbers(golden: Path, window: int) -> 
     torch.testing.assert_close(artifact_map(E, H, E_ema, window), ldl[f"refined_map_k{window}"], **FLOAT64)
 
 
-def test_the_artifact_loss_has_the_published_value_and_gradient(golden: Path) -> None:
-    ldl = stored(golden, "ldl")
+def test_the_artifact_loss_has_the_published_value_and_gradient() -> None:
+    ldl = Tensors("losses/ldl.npz")
     value, gradient = value_and_gradient(lambda E: artifact_loss(E, ldl["gt"], ldl["ema"]), ldl["output"])
     torch.testing.assert_close(value, ldl["ldl_loss_k7"], **FLOAT64)
     torch.testing.assert_close(gradient, ldl["ldl_loss_k7_grad"], **FLOAT64)
@@ -121,8 +115,8 @@ def test_a_constant_residual_gives_no_artifact_and_no_nan(offset: float, dtype: 
     ("case", "arguments"),
     [("default", {}), ("alpha0.5_beta2", {"alpha": 0.5, "beta": 2.0}), ("l1", {"norm": "l1"})],
 )
-def test_the_best_buddy_loss_has_the_published_value_and_gradient(golden: Path, case: str, arguments: dict) -> None:
-    bebygan = stored(golden, "bebygan")
+def test_the_best_buddy_loss_has_the_published_value_and_gradient(case: str, arguments: dict) -> None:
+    bebygan = Tensors("losses/bebygan.npz")
     value, gradient = value_and_gradient(lambda E: best_buddy_loss(E, bebygan["gt"], **arguments), bebygan["output"])
     torch.testing.assert_close(value, bebygan[f"{case}/loss"], **FLOAT64)
     # Each entry is the sign of a difference over the number of entries: one other choice of a buddy shows.
@@ -185,8 +179,8 @@ def test_best_buddies_of_the_ground_truth_are_itself() -> None:
 
 
 @pytest.mark.parametrize("scale", [4, 2])
-def test_the_back_projection_loss_has_the_published_value_and_gradient(golden: Path, scale: int) -> None:
-    bebygan = stored(golden, "bebygan")
+def test_the_back_projection_loss_has_the_published_value_and_gradient(scale: int) -> None:
+    bebygan = Tensors("losses/bebygan.npz")
     E, L = bebygan["output"], bebygan[f"back_projection_x{scale}/lq"]
     value, gradient = value_and_gradient(lambda E: back_projection_loss(E, L), E)
     # The published filter runs in float32, with weights rounded to it.
@@ -215,15 +209,15 @@ def test_an_image_that_shrinks_to_L_has_no_back_projection_loss(scale: int) -> N
 
 
 @pytest.mark.parametrize(("window", "threshold"), [(11, 0.025), (7, 0.05)])
-def test_flat_masks_equal_the_published_ones(golden: Path, window: int, threshold: float) -> None:
-    bebygan = stored(golden, "bebygan")
+def test_flat_masks_equal_the_published_ones(window: int, threshold: float) -> None:
+    bebygan = Tensors("losses/bebygan.npz")
     expected = bebygan[f"region/mask_k{window}_t{threshold}"]
     for image in (bebygan["region/image"], bebygan["region/image"].float()):
         assert torch.equal(flat_mask(image, window, threshold), expected.to(image.dtype))
 
 
-def test_the_flat_mask_of_an_enlarged_image_equals_the_published_one(golden: Path) -> None:
-    bebygan = stored(golden, "bebygan")
+def test_the_flat_mask_of_an_enlarged_image_equals_the_published_one() -> None:
+    bebygan = Tensors("losses/bebygan.npz")
     image = bebygan["region/image"][:1, :, :40, :40]
     enlarged = F.interpolate(image, scale_factor=2, mode="bicubic", align_corners=False)
     assert torch.equal(flat_mask(enlarged), bebygan["region/mask_k11_t0.025_scale2"])
@@ -274,9 +268,9 @@ def test_the_gradient_map_of_a_ramp_is_known() -> None:
 
 
 @pytest.mark.parametrize("case", ["case0", "case1"])
-def test_the_rank_loss_has_the_published_value_and_gradient(golden: Path, case: str) -> None:
-    said = json.loads((golden / "losses" / "losses_basicsr.json").read_text())["rank_loss"][case]
-    rank = stored(golden, "rank_loss")
+def test_the_rank_loss_has_the_published_value_and_gradient(case: str) -> None:
+    said = golden("losses/losses_basicsr.json")["rank_loss"][case]
+    rank = Tensors("losses/rank_loss.npz")
     loss = RankLoss(nn.Identity(), said["R_bias"])  # a ranker that reads the scores off the image
     value, gradient = value_and_gradient(lambda E: said["loss_weight"] * loss(E), rank[f"{case}/scores"])
     torch.testing.assert_close(value, rank[f"{case}/loss"], **FLOAT64)
@@ -379,9 +373,9 @@ def test_rank_losses_are_summed_in_float32() -> None:
 @pytest.mark.parametrize(
     ("theirs", "ours"), [("vanilla", "gan"), ("lsgan", "lsgan"), ("wgan", "wgan"), ("wgan_softplus", "softplusgan")]
 )
-def test_gan_losses_equal_basicsrs(golden: Path, theirs: str, ours: str, labels: int, logits: int) -> None:
-    gan = stored(golden, "gan_basicsr")
-    said = json.loads((golden / "losses" / "losses_basicsr.json").read_text())["gan_basicsr"]
+def test_gan_losses_equal_basicsrs(theirs: str, ours: str, labels: int, logits: int) -> None:
+    gan = Tensors("losses/gan_basicsr.npz")
+    said = golden("losses/losses_basicsr.json")["gan_basicsr"]
     values = said["label_and_weight_sets"][labels]
     weight = values.pop("loss_weight")  # of the generator alone
     loss = GANLoss(ours, **values)
@@ -407,8 +401,8 @@ def test_gan_losses_equal_basicsrs(golden: Path, theirs: str, ours: str, labels:
         ("charbonnier_eps1e-6/mean", CharbonnierLoss(1e-6)),
     ],
 )
-def test_pixel_losses_equal_basicsrs(golden: Path, theirs: str, loss: nn.Module) -> None:
-    pixel = stored(golden, "pixel_basicsr")
+def test_pixel_losses_equal_basicsrs(theirs: str, loss: nn.Module) -> None:
+    pixel = Tensors("losses/pixel_basicsr.npz")
     value, gradient = value_and_gradient(lambda E: 0.7 * loss(E, pixel["target"]), pixel["pred"])
     torch.testing.assert_close(value, pixel[f"{theirs}/weight_none/value"], **FLOAT64)
     torch.testing.assert_close(gradient, pixel[f"{theirs}/weight_none/grad"], **FLOAT64)

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,17 @@ from main_test import main
 from models.select_network import define_G
 from tests.conftest import REPOSITORY, photograph
 from utils.utils_error import UserError
-from utils.utils_image import calculate_psnr, imread_uint, imresize_np, imsave, modcrop, single2uint, uint2single
+from utils.utils_image import (
+    calculate_psnr,
+    imread_uint,
+    imresize,
+    imresize_np,
+    imsave,
+    modcrop,
+    single2uint,
+    uint2single,
+)
+from utils.utils_tile import restore
 
 COMPACT = {"net_type": "srvgg_compact", "nf": 8, "nc": 2}  # sees 4 pixels around each
 
@@ -55,6 +66,93 @@ def save_images(folder: Path, sizes: dict[str, tuple[int, int]], channels: int =
 
 def results(folder: Path) -> dict[str, np.ndarray]:
     return {path.relative_to(folder).as_posix(): imread_uint(str(path)) for path in sorted(folder.rglob("*.png"))}
+
+
+@pytest.mark.parametrize(
+    ("sets", "more", "computed"),
+    [
+        (["--input", "L"], ["--report_images", "0"], 0),
+        (["--input", "L"], ["--report_images", "1"], 1),
+        (["--gt", "H"], ["--report_images", "0", "--metrics", "psnr"], 2),
+    ],
+)
+def test_bicubic_is_computed_only_where_somebody_sees_it(tmp_path, monkeypatch, sets, more, computed):
+    monkeypatch.chdir(tmp_path)
+    save_run(tmp_path / "run")
+    for folder in "LH":
+        save_images(tmp_path / folder, {"a.png": (16, 20), "b.png": (16, 20)})
+    calls = []
+    monkeypatch.setattr("main_test.imresize", lambda L, scale: calls.append(L) or imresize(L, scale))
+    main(["--model_path", "run", *sets, "--output", "out", *more])
+    assert len(calls) == computed
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")]
+)
+def test_too_little_memory_is_one_line_whose_remedy_fits_the_tiles_of_now(tmp_path, monkeypatch, error):
+    save_run(tmp_path / "run")
+    save_images(tmp_path / "L", {"a.png": (40, 40)})
+    option_file(tmp_path, datasets={"test": {"dataset_type": "l", "dataroot_L": str(tmp_path / "L")}})
+    monkeypatch.chdir(tmp_path)
+
+    def fails(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr("main_test.restore", fails)
+    model, options = ["--model_path", "run", "--input", "L"], ["--opt", "test_x.json"]
+    for command, words in {
+        (*model,): r"a\.png: .*whole images; restore them in tiles, --tile 256$",
+        (*model, "--tile", "64"): "tiles of 64; give smaller ones, --tile 32$",
+        (*options,): r"in tiles, test\.tile=256$",
+        (*options, "test.tile=100"): r"smaller ones, test\.tile=50$",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            main([*command])
+    monkeypatch.setattr("utils.utils_report.Report.add", fails)
+    monkeypatch.setattr("main_test.restore", restore)
+    for command, words in {
+        (*model, "--tile", "64"): "fewer metrics, or cut",
+        (*options,): r"test\.tile=256, or cut",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            main([*command])
+
+
+def test_an_image_equal_to_the_truth_is_left_out_of_the_mean_and_counted(tmp_path, capsys):
+    save_run(tmp_path / "run")
+    H = save_images(tmp_path / "H", {"a.png": (64, 64)})
+    imsave(np.zeros((64, 64, 3), np.uint8), str(H / "black.png"))
+    main(
+        ["--model_path", str(tmp_path / "run"), "--gt", str(H), "--output", str(tmp_path / "out"), "--metrics", "psnr"]
+    )
+    with (tmp_path / "out" / "results.csv").open(newline="") as file:
+        rows = {(row["image"], row["model"]): float(row["psnr"]) for row in csv.DictReader(file)}
+    assert rows["black", "bicubic"] == float("inf")
+    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    means = content["sets"]["H"]["means"]
+    assert means["bicubic"]["psnr"] == pytest.approx(rows["a", "bicubic"])
+    assert content["sets"]["H"]["infinite"]["bicubic"] == {"psnr": ["black"]}
+    words = "H, bicubic: 1 image equal to the ground truth (infinite PSNR), left out of the mean."
+    for text in (
+        " ".join(capsys.readouterr().out.split()),
+        content["note"],
+        *((tmp_path / "out" / name).read_text() for name in ("results.md", "report.html")),
+    ):
+        assert words in text
+
+
+def test_an_estimate_of_nan_has_no_numbers_and_is_named(tmp_path, capsys):
+    save_run(tmp_path / "run")
+    weights = network().state_dict()
+    torch.save({key: torch.full_like(value, torch.nan) for key, value in weights.items()}, tmp_path / "nan.pth")
+    H = save_images(tmp_path / "H", {"a.png": (64, 64)})
+    models = [str(tmp_path / "run"), str(tmp_path / "nan.pth")]
+    main(["--model_path", *models, "--gt", str(H), "--output", str(tmp_path / "out")])
+    means = json.loads((tmp_path / "out" / "results.json").read_text())["sets"]["H"]["means"]
+    assert set(means["nan"].values()) == {None}
+    assert None not in means["run"].values()
+    assert "a: what nan makes of it is not finite" in "".join(capsys.readouterr())
 
 
 def test_two_runs_are_compared_with_bicubic_on_any_sizes(tmp_path):
@@ -100,17 +198,19 @@ def test_two_runs_are_compared_with_bicubic_on_any_sizes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("names", "taken"),
+    ("names", "taken", "why"),
     [
-        (("9_E", "9_G", "10_E", "10_G", "100_optimizerG"), "10_E.pth"),
-        (("9_G", "20_G", "100_D"), "20_G.pth"),
+        (("9_E", "9_G", "10_E", "10_G", "100_optimizerG"), "10_E.pth", "the average E"),
+        (("9_G", "20_G", "100_D"), "20_G.pth", "no average E is there"),
+        (("20_E", "20_G", "400_G"), "400_G.pth", "the newest average 20_E.pth is 380 steps older than G"),
+        (("20_G", "100_E"), "100_E.pth", "the average E"),
     ],
 )
-def test_the_newest_average_of_a_run_is_taken_and_named(tmp_path, capsys, names, taken):
+def test_the_newest_weights_of_a_run_are_taken_and_named(tmp_path, capsys, names, taken, why):
     run = save_run(tmp_path / "run", names=names)
     L = save_images(tmp_path / "L", {"a.png": (9, 13)})
     main(["--model_path", str(run), "--input", str(L), "--output", str(tmp_path / "out")])
-    assert f"is {taken}" in capsys.readouterr().out
+    assert f"is {taken} ({why})" in capsys.readouterr().out
     main(["--model_path", f"run={run / 'models' / taken}", "--input", str(L), "--output", str(tmp_path / "other")])
     assert np.array_equal(*(results(tmp_path / name)["run/L/a.png"] for name in ("out", "other")))
 
@@ -151,6 +251,46 @@ def test_several_sets_are_given_in_order_with_and_without_ground_truth(tmp_path,
     page = (out / "report.html").read_text()
     assert [page.count(f'"set":"{name}"') > 0 for name in ("Set2", "other_Set2", "real")] == [True] * 3
     assert "report.html" in capsys.readouterr().out
+
+
+def test_several_files_are_one_set_called_as_their_folder(tmp_path):
+    run = save_run(tmp_path / "run", names=("1_E",))
+    H = save_images(tmp_path / "Set4", {f"{name}.png": (24, 28) for name in "abcd"})
+    save_images(tmp_path / "real", {"x.png": (9, 9), "y.png": (9, 9)})
+    save_images(tmp_path / "L", {f"{name}.png": (6, 7) for name in "abcd"})
+
+    def files(folder):
+        return [str(path) for path in sorted((tmp_path / folder).iterdir())]
+
+    def sets(*arguments):
+        main(["--model_path", str(run), *arguments, "--output", str(tmp_path / "out"), "--metrics", "psnr"])
+        found = {name.removeprefix("run/") for name in results(tmp_path / "out") if name.startswith("run/")}
+        shutil.rmtree(tmp_path / "out")
+        return found
+
+    assert sets("--input", *files("Set4")) == {f"Set4/{name}.png" for name in "abcd"}
+    assert sets("--gt", *files("Set4")[:2]) == {"Set4/a.png", "Set4/b.png"}
+    assert sets("--gt", *files("Set4"), "--input", *files("L")) == {f"L/{name}.png" for name in "abcd"}
+    assert sets("--gt", *files("Set4"), "--input", str(tmp_path / "L")) == {f"L/{name}.png" for name in "abcd"}
+    several = sets("--gt", str(H), "-", "--input", "-", *files("real"))
+    assert several == {*(f"Set4/{name}.png" for name in "abcd"), "real/x.png", "real/y.png"}
+    assert sets("--input", *files("real"), files("L")[0], str(H)) == several | {"L/a.png"}
+    again = sets("--input", files("L")[0], str(tmp_path / "L"), files("L")[1])
+    parent = f"{tmp_path.name}_L"
+    assert again == {"L/a.png", *(f"{parent}/{name}.png" for name in "abcd"), "L_2/b.png"}
+
+
+@pytest.mark.parametrize("name", ["..", "../../gt", "/gt", "C:\\gt", "CON", "a\x1b"])
+def test_no_name_of_a_set_leads_out_of_the_output_folder(tmp_path, name):
+    save_run(tmp_path / "run", names=("1_E",))
+    save_images(tmp_path / "H", {"a.png": (24, 24)})
+    gt = save_images(tmp_path / "gt", {"a.png": (24, 24)})
+    before = (gt / "a.png").read_bytes()
+    data = {"dataset_type": "sr", "dataroot_H": str(tmp_path / "H"), "name": name}
+    main(["--opt", str(option_file(tmp_path, datasets={"test": data})), f"test.output={tmp_path / 'out'}"])
+    assert (gt / "a.png").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["H", "gt", "out", "run", "test_x.json"]
+    assert len([*(tmp_path / "out/run").glob("*/a.png")]) == 1
 
 
 def test_a_damaged_image_is_named_and_the_others_are_restored(tmp_path, capsys):

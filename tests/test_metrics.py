@@ -1,6 +1,5 @@
 """utils/utils_metrics.py: against published numbers, against pyiqa called directly, and without network or pyiqa."""
 
-import json
 import math
 import socket
 import sys
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import photograph
-from utils import utils_metrics
+from utils import utils_image, utils_metrics
 from utils.utils_error import UserError
 from utils.utils_image import calculate_psnr, calculate_ssim, rgb2ycbcr, uint2tensor4, unrounded_y
 from utils.utils_metrics import GROUPS, METRICS, Measurer, choose, frechet_distance, mean_metrics, ssg_maps
@@ -57,8 +56,8 @@ def test_every_direction_is_pyiqas():
 
 
 def test_psnr_and_ssim_are_the_published_ones_in_both_definitions_of_luma(golden):
-    expected = json.loads((golden / "image" / "metrics.json").read_text())
-    E, H = np.load(golden / "image" / "metrics.npz"), np.load(golden / "ssl" / "images_set5.npz")
+    expected = golden("image/metrics.json")
+    E, H = golden("image/metrics.npz"), golden("ssl/images_set5.npz")
     ours = {"psnr": "kair_psnr_rgb", "ssim": "kair_ssim_rgb", "psnr_y8": "kair_psnr_y", "ssim_y8": "kair_ssim_y"}
     ours |= {"psnr_y": "basicsr_psnr_y", "ssim_y": "basicsr_ssim_y"}
     for name, numbers in expected.items():
@@ -112,6 +111,21 @@ def test_means_leave_out_what_could_not_be_measured():
     values = [{"psnr": 2.0, "ssg": math.nan}, {"psnr": 4.0, "ssg": 4.0}]
     assert mean_metrics(values, ["psnr", "ssg"]) == {"psnr": 3.0, "ssg": 4.0}
     assert math.isnan(mean_metrics(values[:1], ["ssg"])["ssg"])
+
+
+def test_the_mean_is_of_the_finite_values_and_infinite_where_all_are():
+    values = [{"psnr": math.inf}, {"psnr": 30.0}, {"psnr": math.nan}, {"psnr": 20.0}]
+    assert mean_metrics(values, ["psnr"]) == {"psnr": 25.0}
+    assert mean_metrics([values[0], values[2]], ["psnr"]) == {"psnr": math.inf}
+
+
+def test_large_images_are_compared_in_bands_with_the_same_numbers(monkeypatch):
+    H, E = photograph(60, 44), blurred(photograph(60, 44))
+    whole = values_of(E, H, 3, ["psnr", "ssim", "psnr_y", "ssim_y", "psnr_y8", "ssim_y8"])
+    monkeypatch.setattr(utils_image, "_BAND_PIXELS", 44 * 7)
+    banded = values_of(E, H, 3, whole)
+    # The same numbers summed in another order.
+    assert banded == pytest.approx(whole, rel=1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------------------- SSG

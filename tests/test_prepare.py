@@ -17,14 +17,16 @@ from scipy.io import loadmat
 from torch.utils.data import DataLoader
 
 from data import pack
+from data.alignment import find_shifts, unlikeness_of_shifts
 from data.duplicates import near_duplicates, thumbnail
 from data.prepare import MULTISCALE_PRESETS, Subimages, matlab_bicubic
 from data.select_dataset import define_Dataset
 from main_prepare_data import main
 from tests.conftest import photograph
 from utils import utils_lmdb, utils_prepare
+from utils.utils_degrade import degrade_image
 from utils.utils_error import UserError
-from utils.utils_image import get_image_paths, image_size, imread_uint, imsave, read_mask
+from utils.utils_image import get_image_paths, image_size, imread_uint, imsave, modcrop, read_mask
 from utils.utils_option import DatasetOptions
 
 
@@ -131,7 +133,7 @@ def test_masks_are_the_saturated_laplacian_of_pillows_gray(tmp_path, photos):
 
 
 def test_masks_equal_the_published_ones(tmp_path, golden):
-    images, masks = np.load(golden / "ssl/images_set5.npz"), np.load(golden / "ssl/masks_laplacian.npz")
+    images, masks = golden("ssl/images_set5.npz"), golden("ssl/masks_laplacian.npz")
     names = [name for name in masks.files if name in images.files]
     assert names
     for name in names:
@@ -142,7 +144,7 @@ def test_masks_equal_the_published_ones(tmp_path, golden):
 
 
 def test_bicubic_L_equals_the_published_numbers_within_one_level(golden):
-    z = np.load(golden / "image/imresize.npz")
+    z = golden("image/imresize.npz")
     tried = [key for key in z.files if key.startswith("output/") and "no_antialias" not in key]
     assert len(tried) > 3
     for key in tried:
@@ -642,6 +644,157 @@ def test_check_reads_an_option_file(tmp_path, photos, capsys):
     out = capsys.readouterr().out
     assert "too small         1 below 56" in out
     assert f"{photos / 'sub/c.png'} = {photos / 'sub/c.png'}" in out
+
+
+# ----------------------------------------------------------------------------------------------------- pairs, cut apart
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """H of sides that 3 does not divide, and its bicubic L."""
+    (tmp_path / "H/sub").mkdir(parents=True)
+    for i, name in enumerate(("a", "sub/b")):
+        imsave(photograph(185, 223 + i, seed=i), str(tmp_path / "H" / f"{name}.png"))
+    prepare("lr-bicubic --scale 3", tmp_path / "H", tmp_path / "L")
+    return tmp_path
+
+
+def check(folder, capsys, scale=3):
+    capsys.readouterr()
+    status = main(["check", "--H", str(folder / "H"), "--L", str(folder / "L"), "--scale", str(scale)])
+    return status, " ".join(capsys.readouterr().out.split())
+
+
+def test_pairs_that_are_cut_together_show_the_same(pairs, capsys):
+    command = f"subimages --L {pairs / 'L'} --scale 3 --size 96 --step 48"
+    assert prepare(command, pairs / "H", pairs / "out") == 0
+    pieces = get_image_paths(str(pairs / "out/H"))
+    # rows and columns 0, 48, 87 (183 - 96) and 0, 48, 96, 126 (222 - 96)
+    assert len(pieces) == 2 * 3 * 4
+    for H_path in pieces:
+        H, L = imread_uint(H_path), imread_uint(H_path.replace("/out/H/", "/out/L/"))
+        assert (H.shape, L.shape) == ((96, 96, 3), (32, 32, 3))
+        # alike but for the borders, where the whole image goes on and a piece is mirrored
+        inside = np.s_[3:-3, 3:-3]
+        assert np.abs(matlab_bicubic(H, 1 / 3).astype(int) - L)[inside].max() <= 1
+    assert check(pairs / "out", capsys)[0] == 0
+    assert prepare(command, pairs / "H", pairs / "out") == 0
+    assert "24" not in capsys.readouterr().out.partition("were finished")[0].partition("wrote")[2]
+
+
+def test_several_L_of_one_H_are_cut_together(pairs, capsys):
+    prepare("lr-blind --type bsrgan --versions 2 --scale 3", pairs / "H", pairs / "blind")
+    assert prepare(f"subimages --L {pairs / 'blind'} --scale 3 --size 96 --step 96", pairs / "H", pairs / "out") == 0
+    names = {path.name for path in (pairs / "out/L").glob("*.png")}
+    assert {"a_s001+00.png", "a_s001+01.png"} <= names
+    assert check(pairs / "out", capsys)[0] == 0
+
+
+def test_an_H_without_an_L_or_with_one_of_another_size_is_named(pairs, capsys):
+    (pairs / "L/sub/b.png").unlink()
+    imsave(photograph(30, 30), str(pairs / "L/a.png"))
+    assert prepare(f"subimages --L {pairs / 'L'} --scale 3 --size 96 --step 48", pairs / "H", pairs / "out") == 1
+    said = capsys.readouterr().err
+    assert "b.png: no image in dataroot_L of its name" in said
+    assert "a.png is 30x30, not 1/3 of" in said
+
+
+def test_pairs_that_are_cut_apart_are_found_and_counted(pairs, capsys):
+    prepare("subimages --size 96 --step 48", pairs / "H", pairs / "apart/H")
+    prepare("subimages --size 32 --step 16", pairs / "L", pairs / "apart/L")
+    status, said = check(pairs / "apart", capsys)
+    # the last of three rows begins at 89 of H and 29 of L; the last column of b at 128 and 42, of a at 127 and 42
+    assert status == 1
+    assert "! shifted 12 of 24 L" in said
+    assert "a_s009.png (2 up)" in said
+    assert "a_s004.png (1 left)" in said
+
+
+@pytest.mark.parametrize(
+    "how", ["bicubic", "area", "jpeg", "noise", "bsrgan", "blind_test", "realesrgan", "every third"]
+)
+def test_L_that_lies_where_H_does_is_not_accused(pairs, capsys, how):
+    rng = np.random.default_rng(0)
+    for path in get_image_paths(str(pairs / "H")):
+        H, to = modcrop(imread_uint(path), 3), path.replace("/H/", "/L/")
+        L = imread_uint(to)
+        if how == "area":
+            L = cv2.resize(H, L.shape[1::-1], interpolation=cv2.INTER_AREA)
+        elif how == "jpeg":
+            L = cv2.imdecode(cv2.imencode(".jpg", L, [cv2.IMWRITE_JPEG_QUALITY, 50])[1], cv2.IMREAD_COLOR)
+        elif how == "noise":
+            L = (L + rng.normal(0, 20, L.shape)).clip(0, 255).astype(np.uint8)
+        elif how == "every third":  # a pixel off all over: that is how it was made
+            L = cv2.GaussianBlur(H, (0, 0), 1.6)[::3, ::3]
+        elif how != "bicubic":
+            L, _ = degrade_image(H, how, 3, 0, path[-5])
+        imsave(np.ascontiguousarray(L), to)
+    status, said = check(pairs, capsys)
+    assert status == 0
+    assert "shifted" not in said
+
+
+def test_a_way_of_making_L_that_shifts_all_of_it_is_said_but_no_trouble():
+    images = [photograph(120, 160, seed=i) for i in range(5)]
+    every_fourth = [cv2.GaussianBlur(H, (0, 0), 1.6)[::4, ::4] for H in images]
+    found = find_shifts([unlikeness_of_shifts(H, L, 4) for H, L in zip(images, every_fourth, strict=True)])
+    # 1.5 pixels of H up and left, which lies between two
+    assert {*found.common} <= {-1, -2}
+    assert found.single == {}
+
+
+@pytest.mark.parametrize("options", ["--size 97 --step 48", "--size 96 --step 50"])
+def test_pieces_of_a_pair_divide_by_the_scale(pairs, options):
+    with pytest.raises(UserError, match="--scale 3 times those of L; take"):
+        prepare(f"subimages --L {pairs / 'L'} --scale 3 {options}", pairs / "H", pairs / "out")
+    with pytest.raises(UserError, match="is for pairs"):
+        prepare("subimages --scale 3", pairs / "H", pairs / "out")
+
+
+# -------------------------------------------------------------------------------------------------- the command line
+
+
+def test_single_files_of_a_folder_are_prepared_and_checked_together(tmp_path, photos, capsys):
+    files = sorted(map(str, photos.glob("*.png")))
+    assert main(["modcrop", "--input", *files, "--output", str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["a.png", "b.png"]
+    capsys.readouterr()
+    main(["check", "--test", *files])
+    assert f"test set {photos}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "multiscale --factors 1/0",
+        "multiscale --factors inf",
+        "multiscale --factors nan",
+        "multiscale --factors 0.5 1e9",
+        "multiscale --factors 1/inf",
+        "multiscale --shortest 1000000000",
+        "subimages --step 0",
+        "subimages --size 1000000000",
+        "lr-bicubic --scale 1000000000",
+        "lr-bicubic --scale 0",
+        "enlarge --scale 1000000000",
+        "modcrop --multiple 1000000000",
+        "lr-blind --type bsrgan --versions 1000000000",
+        "lr-blind --type bsrgan --seed -1",
+        "masks --threshold nan",
+        "masks --workers 1000000000",
+        "masks --workers 0",
+    ],
+)
+def test_a_number_out_of_range_is_one_line_and_no_endless_work(tmp_path, photos, arguments):
+    with pytest.raises(UserError, match="invalid"):
+        prepare(arguments, photos, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_that_would_become_enormous_is_left_out(tmp_path, photos, capsys):
+    flat(photos / "strip.png", 2, 3000)
+    assert prepare("multiscale --shortest 4000", photos / "strip.png", tmp_path / "out") == 1
+    assert "strip.png: would become 6000000x4000 pixels" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The Real-ESRGAN degradation: golden kernels, filter and JPEG of BasicSR, and the laws its random draws obey."""
 
-import json
 from collections import Counter
 from dataclasses import replace
 
@@ -13,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from data.select_dataset import define_Dataset
 from tests.conftest import photograph
+from tests.golden_numbers import figures
 from utils import utils_degrade_batch as batched
 from utils import utils_degrade_steps as steps
 from utils import utils_realesrgan as realesrgan
@@ -48,8 +48,8 @@ def generator(seed=0):
 
 
 def test_kernels_equal_basicsrs(golden):
-    z = np.load(golden / "image" / "blur_kernels.npz")
-    cases = json.loads((golden / "image" / "image_basicsr.json").read_text())["blur_kernels"]
+    z = golden("image/blur_kernels.npz")
+    cases = golden("image/image_basicsr.json")["blur_kernels"]
     assert len(cases) == len(z.files)
     for name, case in cases.items():
         if case["function"] == "circular_lowpass_kernel":
@@ -63,7 +63,7 @@ def test_kernels_equal_basicsrs(golden):
 
 
 def test_filter_equals_basicsrs(golden):
-    z = np.load(golden / "image" / "usm_filter2d.npz")
+    z = golden("image/usm_filter2d.npz")
     img = torch.from_numpy(z["filter_input"])
     # float32; ours goes by Fourier transform
     single = batched.filter2d(img, [z["kernel_single"][0]] * 2)
@@ -75,14 +75,14 @@ def test_filter_equals_basicsrs(golden):
 @pytest.mark.parametrize("quality", [30, 60, 95])
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_jpeg_equals_basicsrs(golden, name, quality):
-    z = np.load(golden / "image" / "diffjpeg.npz")
+    z = golden("image/diffjpeg.npz")
     ours = batched.jpeg(uint2tensor4(z[f"image_{name}"]), [quality], "diffjpeg")
     # float32; a coefficient half-way between two steps would differ by a step, in these images there is none
     np.testing.assert_allclose(ours, z[f"{name}/q{quality}/rounded"], atol=2e-6)
 
 
 def test_jpeg_with_a_quality_for_each_image_equals_basicsrs(golden):
-    z = np.load(golden / "image" / "diffjpeg.npz")
+    z = golden("image/diffjpeg.npz")
     img = uint2tensor4(z["image_a"])
     ours = batched.jpeg(torch.cat([img, img.flip(-2)]), [30.0, 95.0], "diffjpeg")
     np.testing.assert_allclose(ours, z["batch/rounded"], atol=2e-6)  # as above
@@ -96,12 +96,39 @@ def test_jpeg_with_a_quality_for_each_image_equals_basicsrs(golden):
     ],
 )
 def test_sharpening_equals_basicsrs(golden, name, settings):
-    z = np.load(golden / "image" / "usm_filter2d.npz")
+    z = golden("image/usm_filter2d.npz")
     sharp = add_sharpening(uint2single(z["image_uint8"]), **settings)
     # float32; the form for tensors sums in another order
     np.testing.assert_allclose(sharp, z[f"usm_numpy_{name}"], atol=3e-6)
     tensor = batched.sharpen(uint2tensor4(z["image_uint8"]), **settings)
     np.testing.assert_allclose(tensor, z[f"usm_torch_{name}"], atol=3e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "recorded"),
+    [
+        ({"weight": 0.5, "radius": 50, "threshold": 10}, [0.521053352, 0.210326505, 0.433307737, 0.729455411]),
+        ({"weight": 1, "radius": 21, "threshold": 5}, [0.520854391, 0.228667251, 0.428032577, 0.696442842]),
+    ],
+)
+def test_sharpening_of_a_made_image_has_the_values_recorded_when_basicsrs_were_met(settings, recorded):
+    image = photograph(64, 72, 3)
+    tensor = batched.sharpen(uint2tensor4(image), **settings)[0].permute(1, 2, 0)
+    for sharp in (add_sharpening(uint2single(image), **settings), tensor):
+        assert figures(sharp) == pytest.approx(recorded, rel=1e-5)  # float32, sums in two orders
+
+
+@pytest.mark.parametrize(
+    ("quality", "recorded"),
+    [
+        (30, [0.496997869, 0.171247908, 0.53926909, 0.41316852]),
+        (60, [0.496924654, 0.173941665, 0.567575812, 0.4852961]),
+        (95, [0.496438338, 0.175269777, 0.62227869, 0.417355299]),
+    ],
+)
+def test_jpeg_of_a_made_image_has_the_values_recorded_when_basicsrs_were_met(quality, recorded):
+    ours = batched.jpeg(photo(37, 45, 3), [quality], "diffjpeg")
+    assert figures(ours) == pytest.approx(recorded, rel=1e-5)  # float32; no coefficient is half-way between two steps
 
 
 # ----------------------------------------------------------------------------------------------------------- kernels

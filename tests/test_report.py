@@ -144,6 +144,23 @@ def results(**means: dict[str, float]) -> SetResults:
     return SetResults("Set2", 2, ["psnr", "ssg"], means)
 
 
+def test_infinite_means_are_best_and_differences_with_them_are_none():
+    means = {
+        "gan": {"psnr": math.inf},
+        "gan_ssl": {"psnr": math.inf},
+        "net": {"psnr": 30.0},
+        "net_ssl": {"psnr": math.inf},
+    }
+    infinite = {label: {"psnr": ["a", "b"]} for label in means if label != "net"} | {"net": {"psnr": ["a"]}}
+    results = SetResults("Set2", 2, ["psnr"], means, infinite)
+    assert results.best("psnr") == "inf"
+    assert all(math.isnan(value["psnr"]) for value in results.deltas().values())
+    assert "| gan_ssl | **inf** |" in results.as_markdown()
+    assert "| net | 30.00 |" in results.as_markdown()
+    assert results.notes()[-1] == "Set2, net: 1 image equal to the ground truth (infinite PSNR), left out of the mean."
+    assert results.notes()[0] == "Set2, gan: 2 images equal to the ground truth (infinite PSNR), all of the set."
+
+
 @pytest.mark.parametrize("label", ["gan_ssl", "gan-SSL", "GAN+SSL", "gan + ssl", "ganssl"])
 def test_a_model_with_ssl_is_told_by_its_name_from_its_baseline(label):
     assert baselines(["bicubic", "gan", label, "psnr"]) == {label: "gan"}

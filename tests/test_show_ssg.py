@@ -39,7 +39,6 @@ def save_run(folder: Path, steps: range = range(10, 60, 10)) -> Path:
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that are saved."""
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install -r requirements-extra.txt")
     figures = []
     save = utils_figure._save
 
@@ -189,7 +188,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, monkeypatch, mistake
 def test_without_matplotlib_one_line_names_the_install_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     imsave(photograph(30, 40), str(tmp_path / "a.png"))
-    with pytest.raises(UserError, match=r"matplotlib.*pip install -r requirements-extra\.txt"):
+    with pytest.raises(UserError, match=r"matplotlib.*pip install -r requirements\.txt"):
         main([str(tmp_path / "a.png"), "--pixel", "3", "4"])
 
 

@@ -1,8 +1,8 @@
 """The self-similarity loss: every form against the published numbers and against the specification."""
 
-import json
 import logging
 import os
+import re
 import subprocess
 import sys
 
@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import GOLDEN, REPOSITORY
+from tests.conftest import REPOSITORY
+from tests.golden_numbers import PHOTOGRAPHS
 from utils import utils_ssl
-from utils.utils_ssl import SelfSimilarityLoss, edge_mask, mask_stride_pattern, self_similarity_graph
+from utils.utils_ssl import SelfSimilarityLoss, edge_mask, graph_difference, mask_stride_pattern, self_similarity_graph
 
 WHY_NO_CPP = utils_ssl._why_not("cpp", "cpu")
 CPP = pytest.param("cpp", marks=pytest.mark.skipif(WHY_NO_CPP is not None, reason=f"no C++ kernels: {WHY_NO_CPP}"))
 WHY_NO_CUDA = utils_ssl._why_not("cuda", "cuda")
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(WHY_NO_CUDA is not None, reason=f"no CUDA kernels: {WHY_NO_CUDA}"))
 MODES = ["pytorch", "boxsum", CPP, CUDA]
-CASES = sorted(path.stem for path in (GOLDEN / "ssl").glob("s*.json"))
+CASES = sorted(path.stem for path in (PHOTOGRAPHS / "ssl").glob("s*.json"))
 
 
 class Loss(SelfSimilarityLoss):
@@ -38,7 +39,7 @@ def graph_of(img: torch.Tensor, mask: torch.Tensor, *sizes: float, ssl_mode: str
 
 
 def published_pair() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The generated pair of spec/ssl.md section 9, in float64: (GT, SR, mask)."""
+    """The generated pair of the conformance figures, in float64: (GT, SR, mask)."""
     c, y, x = np.mgrid[:3, :24, :24].astype(np.float64)
     gt = 0.5 + 0.25 * np.sin(0.3 * y + 0.2 * x + c)
     sr = gt + 0.02 * np.cos(0.5 * x - 0.4 * y)
@@ -92,8 +93,8 @@ def test_loss_and_gradient_of_the_generated_pair_are_the_published_ones(mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_every_golden_case_gives_its_values_and_gradients(golden, case, mode, dtype):
-    info = json.loads((golden / "ssl" / f"{case}.json").read_text())
-    data = np.load(golden / "ssl" / f"{case}.npz")
+    info = golden(f"ssl/{case}.json")
+    data = golden(f"ssl/{case}.npz")
     gt, sr = (torch.tensor(data[name])[None].to(dtype) for name in ("gt", "sr"))
     mask = torch.tensor(data["mask"])[None, None]
     sizes = info["kernel_size_search"], info["kernel_size_window"]
@@ -125,8 +126,8 @@ def test_every_golden_case_gives_its_values_and_gradients(golden, case, mode, dt
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("mode", MODES[1:])
 def test_batches_average_over_the_pixels_of_all_images(golden, case, strided, mode):
-    info = json.loads((golden / "ssl" / f"{case}.json").read_text())
-    data = np.load(golden / "ssl" / f"{case}.npz")
+    info = golden(f"ssl/{case}.json")
+    data = golden(f"ssl/{case}.npz")
     gt, sr = (torch.tensor(data[name]).double() for name in ("gt", "sr"))
     mask = torch.tensor(data["mask"]).reshape(len(gt), 1, *gt.shape[2:]).double()
     loss = Loss(
@@ -212,6 +213,18 @@ def test_many_large_images_are_split_without_changing_the_graph():
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_the_loss_is_the_mean_difference_of_the_two_graphs(mode):
+    gt, sr, mask = published_pair()
+    l1, kl = graph_difference(*(graph_of(image, mask, ssl_mode=mode) for image in (sr, gt)))
+    assert l1.shape == kl.shape == (4,)
+    expected = torch.stack([300 * l1.mean() + 700 * kl.mean(), 300 * l1.mean(), 700 * kl.mean()])
+    # Float64; KL is a small difference of large terms, which the fused form sums in another order.
+    torch.testing.assert_close(
+        torch.stack(Loss(300, 700, ssl_mode=mode).parts(sr, gt, mask)), expected, rtol=1e-9, atol=0
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_empty_masks_give_zero_loss_and_zero_gradient(mode):
     sr = torch.rand(2, 3, 16, 16, requires_grad=True)
     loss = Loss(1000, 1000, 9, 3, ssl_mode=mode)(sr, torch.rand(2, 3, 16, 16), torch.zeros(2, 1, 16, 16))
@@ -251,10 +264,71 @@ def test_loss_of_a_non_contiguous_image_is_that_of_its_copy():
     torch.testing.assert_close(loss(flipped, gt.transpose(2, 3), mask.transpose(2, 3)), expected, rtol=1e-14, atol=0)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.float64])
+def test_masks_may_have_any_type(mode, dtype):
+    gt, sr, mask = published_pair()
+    loss = Loss(1, 1, mask_stride=5, ssl_mode=mode)
+    assert loss(sr, gt, mask.to(dtype)) == loss(sr, gt, mask) > 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_images_of_two_types_are_compared_in_the_wider_one(mode):
+    gt, sr, mask = published_pair()
+    expected = Loss(1, 1, ssl_mode=mode)(sr.float().double(), gt, mask)
+    x = sr.float().requires_grad_()
+    loss = Loss(1, 1, ssl_mode=mode)(x, gt, mask)
+    assert loss == expected
+    assert loss.dtype == torch.float64
+    assert torch.autograd.grad(loss, x)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_batch_without_images_gives_zero_loss(mode):
+    sr = torch.rand(0, 3, 16, 16, requires_grad=True)
+    for mask in (None, torch.ones(0, 1, 16, 16)):
+        hr = torch.rand(0, 3, 16, 16)
+        loss = Loss(1, 1, 9, 3, ssl_mode=mode)(sr, hr, edge_mask(hr) if mask is None else mask)
+        assert loss == 0
+        assert torch.autograd.grad(loss, sr)[0].shape == sr.shape
+    assert graph_of(sr, torch.ones(0, 1, 16, 16), 9, 3, ssl_mode=mode).shape == (0, 81)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_parameters_views_and_inference_tensors_give_the_same_loss(mode):
+    gt, sr, mask = (x.float() for x in published_pair())
+    loss = Loss(1000, 1000, ssl_mode=mode)
+    right = loss(sr, gt, mask)
+    parameter = torch.nn.Parameter(torch.cat([sr, sr]))
+    (gradient,) = torch.autograd.grad(loss(parameter[1:], gt, mask), parameter)
+    assert gradient[0].abs().max() == 0 < gradient[1].abs().max()
+    with torch.no_grad():
+        assert loss(parameter[1:], gt, mask) == right
+    with torch.inference_mode():
+        fixed = [x.clone() for x in (gt, mask)]
+        assert loss(parameter[1:], *fixed) == right
+    assert torch.equal(torch.autograd.grad(loss(parameter[1:], *fixed), parameter)[0], gradient)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_default_type_of_new_tensors_changes_nothing(mode):
+    gt, sr, mask = (x.float() for x in published_pair())
+    loss = Loss(1000, 1000, mask_stride=5, ssl_mode=mode)
+    results = []
+    for default in (torch.float32, torch.float64):
+        torch.set_default_dtype(default)
+        try:
+            results.append(loss(sr, gt, mask))
+            assert edge_mask(gt).dtype == results[-1].dtype == torch.float32
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert results[0] == results[1] > 0
+
+
 @pytest.mark.parametrize("name", ["baby", "bird", "butterfly", "head", "woman"])
 def test_edge_masks_equal_the_published_ones_bit_for_bit(golden, name):
-    image = np.load(golden / "ssl" / "images_set5.npz")[name]
-    published = np.load(golden / "ssl" / "masks_laplacian.npz")
+    image = golden("ssl/images_set5.npz")[name]
+    published = golden("ssl/masks_laplacian.npz")
     mask = edge_mask(torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255)
     np.testing.assert_array_equal(mask[0, 0].numpy(), published[name])
 
@@ -278,7 +352,7 @@ def test_stride_pattern_is_a_tiled_identity():
 
 
 def test_stride_patterns_equal_the_published_ones(golden):
-    published = np.load(golden / "ssl" / "mask_stride.npz")
+    published = golden("ssl/mask_stride.npz")
     for name in published.files:
         size, stride = (int("".join(filter(str.isdigit, part))) for part in name.split("_"))
         np.testing.assert_array_equal(mask_stride_pattern(size, size, stride)[0, 0].numpy(), published[name])
@@ -304,6 +378,8 @@ def test_mask_is_made_from_the_ground_truth_when_none_is_given():
         (dict(img=torch.zeros(1, 3, 20, 40, dtype=torch.uint8)), "floating point"),
         (dict(mode="cuda"), "'cuda' cannot be had here: it works on CUDA GPUs, the images are on cpu"),
         (dict(mode="opencl"), "'opencl' is unknown; valid are auto, pytorch, boxsum, cpp, cuda"),
+        (dict(search=25.0), "search area 25.0"),
+        (dict(mask=torch.ones(1, 1, 20, 40, device="meta")), "mask is on meta, images are on cpu"),
     ],
 )
 def test_wrong_arguments_are_named_with_their_values(change, words):
@@ -311,6 +387,70 @@ def test_wrong_arguments_are_named_with_their_values(change, words):
     mask = change.get("mask", torch.ones(1, 1, *img.shape[2:]))
     with pytest.raises(ValueError, match=words):
         self_similarity_graph(img, mask, change.get("search", 25), 9, ssl_mode=change.get("mode", "auto"))
+
+
+NO_SIGMAS = [0, -0.004, float("nan"), float("inf"), 1e-300, 1e300, "0.004", None]
+NO_WEIGHTS = [-1, -1e-9, float("nan"), float("inf"), 1e308, "1e3", None]  # YAML reads 1e3, without a point, as a word
+NO_STRIDES = [-1, -3, 2.5, 3.0, float("nan"), "3", None]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("sigma", value) for value in NO_SIGMAS]
+    + [(name, value) for name in ("l1_weight", "kl_weight") for value in NO_WEIGHTS]
+    + [("mask_stride", value) for value in NO_STRIDES],
+)
+def test_settings_without_meaning_are_refused_by_name_and_value_at_once_and_later(name, value):
+    words = f"^{name} must be .*not {re.escape(repr(value))}$"
+    with pytest.raises(ValueError, match=words):
+        SelfSimilarityLoss(**{"l1_weight": 1, "kl_weight": 1, name: value})
+    loss = SelfSimilarityLoss(1, 1, 5, 3)
+    setattr(loss, name, value)  # as a schedule would
+    img = torch.rand(1, 3, 9, 9)
+    with pytest.raises(ValueError, match=words):
+        loss(img, img)
+    if name == "sigma":
+        with pytest.raises(ValueError, match=words):
+            self_similarity_graph(img, torch.ones(1, 1, 9, 9), 5, 3, value)
+    if name == "mask_stride":
+        with pytest.raises(ValueError, match=words):
+            mask_stride_pattern(9, 9, value)
+
+
+def test_numbers_of_numpy_are_settings_too():
+    gt, sr, mask = published_pair()
+    settings = np.float32(1000), np.int64(0), np.int64(25), np.int32(9), np.float64(0.004)
+    loss = SelfSimilarityLoss(*settings, mask_stride=np.int64(3))(sr, gt, mask)
+    assert loss == SelfSimilarityLoss(1000, 0, mask_stride=3)(sr, gt, mask) != 0
+
+
+@pytest.mark.skipif(WHY_NO_CPP is not None, reason=f"no C++ kernels: {WHY_NO_CPP}")
+@pytest.mark.parametrize("wrong", [dict(sigma=0.0), dict(sigma=float("nan")), dict(l1=-1.0), dict(kl=float("inf"))])
+def test_the_compiled_loss_refuses_settings_without_meaning(wrong):
+    given = dict(sigma=0.1, l1=1.0, kl=1.0) | wrong
+    img, mask = torch.rand(1, 3, 16, 18), torch.ones(1, 1, 16, 18)
+    with pytest.raises(ValueError, match=f"not {next(iter(wrong.values())):g}"):
+        torch.ops.similarity.loss(img, img, mask, 7, 3, True, given["sigma"], True, given["l1"], given["kl"], False)
+
+
+@pytest.mark.parametrize(
+    ("hr", "words"),
+    [
+        (torch.zeros(1, 3, 20, 40, dtype=torch.uint8), "torch.uint8 must have one shape, in floating point"),
+        (torch.rand(1, 3, 20, 41), r"hr \(1, 3, 20, 41\) torch.float32 must have one shape"),
+        (torch.rand(1, 3, 20, 40, device="meta"), "sr is on cpu, hr is on meta"),
+    ],
+)
+def test_a_ground_truth_that_does_not_fit_is_named(hr, words):
+    with pytest.raises(ValueError, match=words):
+        SelfSimilarityLoss(1, 1)(torch.rand(1, 3, 20, 40), hr)
+
+
+def test_edge_masks_of_integers_and_with_no_threshold_are_refused():
+    with pytest.raises(ValueError, match=r"in \[0, 1\], not torch.uint8"):
+        edge_mask(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="threshold must be a number, not nan"):
+        edge_mask(torch.rand(1, 3, 8, 8), float("nan"))
 
 
 def test_auto_says_once_what_it_took_and_why(caplog, monkeypatch):
@@ -343,6 +483,9 @@ def test_the_compiled_operators_are_well_behaved_under_pytorch():
     loss = torch.ops.similarity.loss(sr, hr.requires_grad_(), mask, 7, 3, True, 0.1, True, 1.0, 1.0, True)
     with pytest.raises(RuntimeError, match="no gradient with respect to hr"):
         loss[0].backward()
+    loss = SelfSimilarityLoss(1, 1, 7, 3, 0.1, ssl_mode="cpp")(sr, hr, mask)
+    with pytest.raises(RuntimeError, match="second derivatives"):  # else it would be missing in the sum, silently
+        torch.autograd.grad(loss + sr.square().sum(), sr, create_graph=True)
 
 
 @pytest.mark.skipif(WHY_NO_CPP is not None, reason=f"no C++ kernels: {WHY_NO_CPP}")
@@ -384,6 +527,7 @@ def test_threads_change_no_bit_of_the_compiled_loss():
         (dict(row=torch.tensor([16])), "row 16"),
         (dict(row=torch.tensor([1, 2])), "2 rows"),
         (dict(row=torch.tensor([1.0])), "int64"),
+        (dict(row=torch.tensor([1], dtype=torch.int32)), "int64 vectors on cpu, not Int"),
     ],
 )
 def test_the_compiled_operators_check_what_they_are_given(arguments, words):
@@ -391,6 +535,14 @@ def test_the_compiled_operators_check_what_they_are_given(arguments, words):
     img, row = arguments.get("img", torch.rand(1, 3, 16, 18)), arguments.get("row", one)
     with pytest.raises(RuntimeError, match=words):
         torch.ops.similarity.distances(img, one, row, one, arguments.get("search", 7), arguments.get("window", 3), True)
+
+
+@pytest.mark.skipif(WHY_NO_CPP is not None, reason=f"no C++ kernels: {WHY_NO_CPP}")
+@pytest.mark.parametrize("shape", [(7, 7, 1), (1, 49), (1, 7, 9)])
+def test_a_gradient_of_another_shape_is_refused(shape):
+    one = torch.tensor([0])
+    with pytest.raises(RuntimeError, match=r"Float on cpu must be \[1, 7, 7\] Float"):
+        torch.ops.similarity.distances_backward(torch.rand(shape), torch.rand(1, 3, 9, 9), one, one, one, 7, 3, True)
 
 
 @pytest.mark.skipif(WHY_NO_CPP is not None, reason=f"no C++ kernels: {WHY_NO_CPP}")

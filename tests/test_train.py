@@ -1,6 +1,7 @@
 """Training: resuming, repeating, stopping, failing; and each step's arithmetic by hand."""
 
 import json
+import math
 import os
 import random
 import re
@@ -8,21 +9,27 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from data import dataset_blindsr as blindsr
 from models.model_gan import ModelGAN
 from tests.conftest import REPOSITORY, photograph
 from tests.test_option import KAIR
 from tests.training import SSL, Workplace, assert_same, tree
 from utils.utils_checkpoint import unwrap
-from utils.utils_error import UserError
+from utils.utils_error import UserError, run
 from utils.utils_image import imread_uint, imsave
-from utils.utils_ssl import edge_mask
+from utils.utils_resume import Checkpoints, newest_generator
+from utils.utils_ssl import SelfSimilarityLoss, edge_mask
+from utils.utils_validate import validate
 
 GAN = ("model=gan", *SSL)
 LAST = (*GAN, "train.channels_last=true")
@@ -210,6 +217,94 @@ def test_only_the_newest_and_the_best_checkpoint_are_kept(work: Workplace, monke
     assert sorted({p.name.split("_")[0] for p in (work.folder() / "models").iterdir()}) == ["2", "3"]
     work.run(*each)  # the best one is remembered over a restart
     assert sorted({p.name.split("_")[0] for p in (work.folder() / "models").iterdir()}) == ["2", "4"]
+
+
+def test_averages_of_before_go_with_their_step_when_there_are_none_any_more(work: Workplace) -> None:
+    keep = ("train.checkpoint_keep=1", "train.checkpoint_save=1", "datasets.test=null")
+    work.run(*keep, "train.iterations=2")
+    work.run(*keep, "train.E_decay=0")
+    assert sorted(path.name for path in (work.folder() / "models").iterdir()) == [
+        "4_G.pth",
+        "4_optimizerG.pth",
+        "4_state.json",
+    ]
+
+
+def test_the_newest_generator_is_of_the_newest_step_in_any_folder(tmp_path) -> None:
+    assert newest_generator(tmp_path) is None
+    for name in ("9_E", "9_G", "10_G", "100_D", "0200_G", "x_G"):
+        (tmp_path / f"{name}.pth").touch()
+    assert newest_generator(tmp_path) == tmp_path / "10_G.pth"
+    (tmp_path / "models").mkdir()
+    for name in ("20_E", "20_G"):
+        (tmp_path / "models" / f"{name}.pth").touch()
+    assert newest_generator(tmp_path) == tmp_path / "models" / "20_E.pth"
+    assert newest_generator(tmp_path, "G") == tmp_path / "models" / "20_G.pth"
+
+
+@pytest.mark.parametrize("wrong", ['"x"', "NaN", "-1", "1e999", "[1]", "true", "99999999999999999999", '{"a": 1}'])
+def test_a_state_with_wrong_numbers_is_left_out_in_a_line_each(work: Workplace, wrong: str, caplog) -> None:
+    models = work.folder() / "models"
+    models.mkdir(parents=True)
+    torch.save({}, models / "2_G.pth")
+    (models / "2_state.json").write_text(f'{{"step": 2, "seed": {wrong}, "best_score": {wrong}, "best_step": {wrong}}}')
+    checkpoints = Checkpoints(models, None)
+    with caplog.at_level("WARNING"):
+        assert checkpoints.seed() is None
+        checkpoints.seed()
+    said = [message.split(" cannot")[0] for message in caplog.messages]
+    assert len(said) == len({*said})
+    assert "2_state.json: seed" in said
+    assert all("\n" not in message and len(message) < 120 for message in caplog.messages)
+
+
+def test_a_perfect_score_stays_the_best_over_a_restart(work: Workplace, monkeypatch) -> None:
+    scores = iter([float("inf"), 30.0, float("nan")])
+    monkeypatch.setattr("utils.utils_train.validate", lambda *a: {"psnr": next(scores), "ssim": 1.0})
+    each = ("train.checkpoint_save=1", "train.checkpoint_test=1", "train.checkpoint_keep=1")
+    for last in (1, 2, 3):
+        work.run(*each, f"train.iterations={last}")
+    assert sorted({p.name.split("_")[0] for p in (work.folder() / "models").iterdir()}) == ["1", "3"]
+
+
+def test_one_perfect_image_does_not_make_the_mean_infinite(work: Workplace, caplog) -> None:
+    model = work.model()
+    truths = [torch.from_numpy(photograph(40, 40, seed)).permute(2, 0, 1) / 255 for seed in range(3)]
+    items = [{"L": H[:, ::4, ::4], "H": H} for H in truths]
+    answers = iter([truths[0], truths[1] * 0.9, truths[2] * 0.9, *truths, truths[0] * torch.nan, *truths[1:]])
+    model.test = lambda: setattr(model, "E", next(answers)[None])  # type: ignore[attr-defined]
+
+    def validated() -> dict[str, float]:
+        with caplog.at_level("INFO"):
+            return validate(model, items, 4, work.root / "grid.png", 0, torch.device("cpu"))  # type: ignore[arg-type]
+
+    assert 15 < validated()["psnr"] < 40
+    assert "1 of 3 images equal the ground truth (infinite PSNR): not in the mean" in caplog.messages
+    assert validated() == {"psnr": math.inf, "ssim": 1.0}
+    assert all(math.isnan(value) for value in validated().values())  # of an estimate that is NaN
+
+
+def test_validation_without_memory_names_smaller_tiles(work: Workplace, monkeypatch) -> None:
+    def fails(*_args):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("models.model_base.ModelSR.test", fails)
+    with pytest.raises(UserError, match=r"validation: the memory .* whole images; .* test\.tile=256"):
+        work.run("train.iterations=2")
+
+
+def test_an_optimizer_file_of_something_else_is_one_line(work: Workplace) -> None:
+    work.run("train.iterations=2", "datasets.test=null")
+    path = work.folder() / "models" / "2_optimizerG.pth"
+    good = torch.load(path, weights_only=True)
+    turned = {**good["state"], 0: {**good["state"][0], "exp_avg": torch.zeros(3, 3)}}
+    lacking = {**good["state"], 0: {"step": good["state"][0]["step"]}}
+    others: list[Any] = [[1, 2], "text", {}, {**good, "param_groups": 3}, {**good, "state": []}, {"w": torch.ones(2)}]
+    for content in (*others, {**good, "state": turned}, {**good, "state": lacking}):
+        torch.save(content, path)
+        with pytest.raises(UserError, match=r"2_optimizerG\.pth: does not fit this run's optimizer") as caught:
+            work.run("train.iterations=3", "datasets.test=null")
+        assert "\n" not in str(caught.value)
 
 
 def test_leftovers_of_a_later_step_do_not_push_out_what_is_saved_now(work: Workplace) -> None:
@@ -402,6 +497,87 @@ def test_an_image_that_breaks_while_training_is_one_line_from_a_worker_too(work:
     assert "\n" not in str(error.value)
     assert "Traceback" not in str(error.value)
     assert ".png" in str(error.value)
+
+
+class Worker(blindsr.DatasetBlindSR):
+    """A data set whose reading process meets ``trouble``."""
+
+    trouble: Callable[[], None]
+
+    def __getitem__(self, key):
+        if torch.utils.data.get_worker_info():
+            type(self).trouble()
+        return super().__getitem__(key)
+
+
+def fail(error: Exception) -> Callable[[], None]:
+    def trouble() -> None:
+        raise error
+
+    return trouble
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the stand-in is inherited by a fork")
+@pytest.mark.parametrize(
+    ("trouble", "named"),
+    [
+        (
+            lambda: os.kill(os.getpid(), signal.SIGKILL),
+            r"reads images was stopped \(killed\).*num_workers",
+        ),
+        (lambda: os.kill(os.getpid(), signal.SIGBUS), r"/dev/shm is too small.*--shm-size=8g.*num_workers=0"),
+        (lambda: os._exit(3), r"a process that reads images was stopped \(it ended unexpectedly\)"),
+        (fail(MemoryError("Unable to allocate 3 TiB")), r"out of memory \(Unable to allocate 3 TiB\); take smaller"),
+        (fail(cv2.error("error: (-4:Insufficient memory) Failed to allocate 9 bytes")), "out of memory"),
+        (fail(OSError(5, "Input/output error", "a.png")), r"Input/output error: 'a\.png'"),
+        (fail(RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)")), r"/dev/shm is too"),
+    ],
+    ids=["killed", "bus_error", "ended", "memory", "opencv_memory", "disk", "shared_memory"],
+)
+def test_trouble_of_a_reading_process_is_one_line(work: Workplace, monkeypatch, capsys, trouble, named) -> None:
+    monkeypatch.setattr(Worker, "trouble", staticmethod(trouble), raising=False)
+    monkeypatch.setattr("data.select_dataset.DatasetBlindSR", Worker)
+    with pytest.raises(SystemExit, match="2"):
+        run(lambda: work.run("datasets.train.dataloader_num_workers=1", "datasets.test=null"))
+    assert re.fullmatch(rf"error: .*{named}.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the stand-in is inherited by a fork")
+def test_a_fault_of_the_program_in_a_reading_process_shows_its_traceback(work: Workplace, monkeypatch) -> None:
+    monkeypatch.setattr(Worker, "trouble", staticmethod(fail(ZeroDivisionError("a fault"))), raising=False)
+    monkeypatch.setattr("data.select_dataset.DatasetBlindSR", Worker)
+    with pytest.raises(ZeroDivisionError, match="a fault"):
+        work.run("datasets.train.dataloader_num_workers=1", "datasets.test=null")
+
+
+@pytest.mark.parametrize("name", ["models", "images", "options", "tensorboard", "train.log"])
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_what_stands_in_the_way_of_a_runs_files_stops_it_before_anything_is_built(
+    work: Workplace, monkeypatch, name: str, kind: str
+) -> None:
+    if (kind == "file") == (name == "train.log"):
+        pytest.skip("that is what it should be")
+    if kind == "link" and os.name == "nt":
+        pytest.skip("Windows asks for a privilege to make one")
+    monkeypatch.setattr("tests.training.define_Model", None)
+    work.folder().mkdir(parents=True)
+    path = work.folder() / name
+    if kind == "link":
+        path.symlink_to(work.root / "nowhere")
+    elif kind == "file":
+        path.write_text("")
+    else:
+        path.mkdir()
+    before = sorted(work.folder().rglob("*"))
+    with pytest.raises(UserError, match=rf"{name} is not a (file|folder) that can be written; move it away"):
+        work.run()
+    assert sorted(work.folder().rglob("*")) == before
+
+
+def test_a_batch_that_no_machine_can_hold_is_refused(work: Workplace) -> None:
+    with pytest.raises(UserError, match=r"dataloader_batch_size, H_size: 1000000000 patches of 32 px need 11,444 GiB"):
+        work.run("datasets.train.dataloader_batch_size=1000000000")
+    assert not (work.root / "runs").exists()
 
 
 def _break_images(work: Workplace) -> None:
@@ -634,6 +810,30 @@ def test_channels_last_changes_the_layout_of_every_network_and_not_what_is_learn
             # Convolutions add in another order; Adam turns rounding of gradients near 0 into steps of up to 1e-3 each.
             assert (a - b).abs().max() <= 4e-3
             assert (a - b).abs().mean() < 1e-5
+
+
+def test_an_output_in_channels_last_has_the_loss_and_the_gradients_of_its_contiguous_copy(work: Workplace) -> None:
+    """RRDBNet ends in a convolution, so its output has that layout; the small network above ends in a pixel shuffle."""
+    rrdb = ("netG.net_type=rrdbnet", "netG.nf=8", "netG.nb=1", "netG.gc=4")
+    settings = ("train.G_lossfn_weight=0", "train.channels_last=true", *rrdb, *SSL)
+    work.options["netG"] = {}
+    logs, gradients, images = [], [], []
+    for mode in ("pytorch", "auto"):
+        model = work.model(*settings, f"train.ssl_mode={mode}")
+        model.feed_data(work.batch(*settings))
+        model.optimize_parameters(1)
+        assert not model.E.is_contiguous()
+        assert model.E.is_contiguous(memory_format=torch.channels_last)
+        logs.append(model.current_log())
+        gradients.append([p.grad for p in unwrap(model.netG).parameters()])
+        images.append((model.E.detach().contiguous(), model.H))
+    specified = SelfSimilarityLoss(50, 50, 9, 3, ssl_mode="pytorch")(*images[0])
+    assert sum(logs[0][name] for name in ("ssl_l1", "ssl_kl")) == pytest.approx(specified.item(), rel=1e-5)
+    assert logs[1] == pytest.approx(logs[0], rel=1e-4)
+    # Float32; where two graphs are nearly equal, rounding picks the sign of L1's gradient. A misread layout is off by
+    # more than a quarter.
+    for right, ours in zip(*gradients, strict=True):
+        assert (ours - right).norm() <= 1e-3 * right.norm()
 
 
 def test_a_milestone_acts_from_its_step_on(work: Workplace) -> None:

@@ -1,27 +1,30 @@
 """Checkpoints: reading any published layout without running code, and writing without ever leaving half a file."""
 
 import contextlib
+import functools
 import logging
 import os
-import pickle
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from utils.utils_error import UserError
+from utils.utils_pickle import HARMLESS, what_is
 
 logger = logging.getLogger(__name__)
 
 # In the order of preference: the averaged weights are the ones that papers report.
-_WEIGHT_KEYS = ("params_ema", "params-ema", "params", "state_dict", "model_state_dict", "model", "net")
+_GENERATORS = ("net_g", "netG", "generator", "G", "g", "model", "net", "network")
+_WEIGHT_KEYS = ("params_ema", "params-ema", "params", "state_dict", "model_state_dict", *_GENERATORS)
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -40,42 +43,46 @@ def load_checkpoint_file(path: str | Path) -> Any:
         raise UserError(f"{path}: no such file")
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty")
-    if path.suffix == ".safetensors":
+    if _is_safetensors(path):
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: cannot be read, it is damaged or no safetensors file ({error})") from error
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
             # torch wonders about foreign pickles in a warning of several lines; the error below says it in one.
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with path.open("rb") as file:  # torch judges names by their suffix
+                return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise UserError(f"{path}: the memory is too small for it") from error
     except Exception as error:  # a damaged file makes torch raise almost anything
-        if isinstance(error, pickle.UnpicklingError):
-            code = re.search(r"GLOBAL (\S+)", str(error))
-            if code:
-                raise UserError(f"{path}: refused, it holds {code[1]}, and unpickling that could run code") from error
-            if _starts_like_a_pickle(path):
-                raise UserError(f"{path}: refused, it is a pickle of more than weights, and could run code") from error
-        raise UserError(f"{path}: cannot be read, it is damaged or no checkpoint") from error
+        why = what_is(path) or "cannot be read, it is damaged or no checkpoint"
+        raise UserError(f"{path}: {why}") from error
 
 
-def _starts_like_a_pickle(path: Path) -> bool:
+def _is_safetensors(path: Path) -> bool:
+    """By its content, whatever it is called: the length of a JSON text, then the text."""
     with path.open("rb") as file:
-        return file.read(1) == b"\x80"
+        head = file.read(9)
+    return head[8:] == b"{" or (path.suffix == ".safetensors" and not head.startswith((b"PK", b"\x80")))
 
 
-def load_state_dict(path: str | Path, param_key: str | None = None) -> dict[str, Tensor]:
-    """Read the weights of a checkpoint, by name, on the CPU.
+def load_state_dict(
+    path: str | Path, param_key: str | None = None, own: Collection[str] = frozenset()
+) -> dict[str, Tensor]:
+    """Read the weights of a checkpoint, by name, on the CPU; arrays become tensors.
 
-    Bare state dicts and those under one of ``_WEIGHT_KEYS`` (the first that is there) are understood; the prefixes that
-    DataParallel and ``torch.compile`` put before names are taken off.
+    Bare state dicts and those under a key are understood; of several an average is taken before ``_WEIGHT_KEYS``, and
+    the choice is logged. A Lightning file's generator is taken out of its module. The prefixes that DataParallel and
+    ``torch.compile`` put before names are taken off.
 
     Args:
         path: a file that :func:`load_checkpoint_file` reads.
         param_key: take the weights under this key and no other.
+        own: names of the network that they are for: where some of the file's are among them, no word is taken off.
 
     Raises:
         UserError: the file cannot be read, lacks ``param_key``, is an optimizer's, or holds no weights.
@@ -85,17 +92,101 @@ def load_state_dict(path: str | Path, param_key: str | None = None) -> dict[str,
         raise UserError(f"{path}: holds a {type(content).__name__}, not weights by name")
     if {"state", "param_groups"} <= content.keys():
         raise UserError(f"{path}: this is the state of an optimizer, not of a network")
-    groups = [key for key, value in content.items() if isinstance(value, Mapping)]
-    if param_key is not None and param_key not in groups:
-        there = ", ".join(map(str, groups)) or "none, its weights are bare"
+    groups = {key: _unwrapped(value) for key, value in content.items() if isinstance(value, Mapping)}
+    chosen = param_key if param_key in groups else _preferred(groups)
+    weights = _without_wrappers(content if chosen is None else groups[chosen])
+    fits = any(key in own for key in weights)
+    parts = {} if fits else _parts(weights, is_lightning="pytorch-lightning_version" in content)
+    if param_key is not None and param_key not in groups and param_key not in parts:
+        there = ", ".join(map(str, {**groups, **parts})) or "none, its weights are bare"
         raise UserError(f"{path}: has no weights under {param_key!r}; keys there: {there}")
-    chosen = param_key or next((key for key in _WEIGHT_KEYS if key in groups), None)
-    weights = content if chosen is None else content[chosen]
+    others = [key for key in groups if key != chosen and _is_weights(groups[key])]
+    part = param_key if param_key in parts else _preferred(parts)
+    if part is not None:
+        others += [key for key in parts if key != part]
+        chosen, weights = part, parts[part]
     foreign = [key for key, value in weights.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
     if foreign or not weights:
         found = ", ".join(map(str, foreign[:3])) or "nothing"
         raise UserError(f"{path}: expected weights by name or one of {', '.join(_WEIGHT_KEYS)}, found {found}")
-    return {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in weights.items()}
+    if others and param_key is None:
+        what = "the average" if _is_average(chosen) else "the weights"
+        _say_once(
+            f"{path}: takes {what} {chosen!r} and leaves {', '.join(map(str, others))}; --param_key names another"
+        )
+    return weights
+
+
+@functools.lru_cache(maxsize=64)
+def _say_once(text: str) -> None:
+    logger.info("%s", text)
+
+
+def _is_average(key: Any) -> bool:
+    """Whether a name says that these are a generator's averaged weights: params_ema, model_ema, ema_state_dict, ..."""
+    words = {*re.split(r"[_\-.]", re.sub(r"([a-z])([A-Z])", r"\1_\2", str(key)).lower())}
+    return bool(words & {"ema", "swa", "avg", "average", "averaged"}) and not words & {"d", "disc", "discriminator"}
+
+
+def _is_weights(content: Mapping[Any, Any]) -> bool:
+    return any(isinstance(value, Tensor | np.ndarray) for value in content.values())
+
+
+def _unwrapped(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """The weights themselves where the key holds them under one more, as ``{"ema": {"decay": 0.9, "shadow": ...}}``."""
+    within = [value for value in content.values() if isinstance(value, Mapping) and _is_weights(value)]
+    return within[0] if len(within) == 1 and not _is_weights(content) else content
+
+
+def _preferred(groups: Mapping[Any, Mapping[Any, Any]]) -> Any:
+    """The key to take weights from: an average, the first of ``_WEIGHT_KEYS``, the only one; None without any."""
+    filled = [key for key, content in groups.items() if _is_weights(content)]
+    known = [key for key in _WEIGHT_KEYS if key in filled]
+    averages = [key for key in (*known, *filled) if _is_average(key)]
+    return next(iter([*averages, *known, *(filled if len(filled) == 1 else [])]), None)
+
+
+def _without_wrappers(weights: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Tensors under the names of the bare network; the count of an AveragedModel goes."""
+    plain = {key: _as_tensor(value) for key, value in weights.items()}
+    if all(isinstance(key, str) for key in plain):
+        if all(key.startswith("module.") for key in plain if key != "n_averaged"):
+            plain.pop("n_averaged", None)
+        plain = {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in plain.items()}
+    return plain
+
+
+def _as_tensor(value: Any) -> Any:
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return torch.from_numpy(np.array(value, value.dtype.newbyteorder("="), order="C", subok=False))
+    return value
+
+
+def _parts(weights: Mapping[Any, Any], is_lightning: bool) -> dict[str, dict[str, Any]]:
+    """First word of the names -> weights under the names without it, where the words are networks of one module.
+
+    They are in a Lightning file, where one of them is the average of another (``ema_model.`` beside ``online_model.``),
+    and where all names begin with one that stands for the generator.
+    """
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in weights.items():
+        word, _, rest = str(key).partition(".")
+        if rest:
+            parts.setdefault(word, {})[re.sub(r"^((module|_orig_mod)\.)+", "", rest)] = value
+    # KAIR's networks are numbered below "model".
+    parts = {word: part for word, part in parts.items() if not all(name[0].isdigit() for name in part)}
+    # Latent diffusion's UNet is "model", but of no use without the other models of the file.
+    whole = any(word.endswith("_stage_model") for word in parts)
+    generators = {word: part for word, part in parts.items() if word in _GENERATORS and not whole}
+    averages = {
+        word: part
+        for word, part in parts.items()
+        if _is_average(word) and any(part.keys() == other.keys() for name, other in parts.items() if name != word)
+    }
+    if averages:
+        return parts
+    alone = len(generators) == 1 and sum(map(len, generators.values())) == len(weights)
+    return generators if is_lightning or alone else {}
 
 
 # ---------------------------------------------------------------------------------------------------------- layouts
@@ -204,7 +295,7 @@ def load_network(path: str | Path, network: nn.Module, strict: bool = True, para
     """
     network = unwrap(network)
     own = network.state_dict()
-    weights = load_state_dict(path, param_key)
+    weights = load_state_dict(path, param_key, own)
     in_own_names = getattr(network, "in_own_names", None)
     weights = in_own_names(weights) if in_own_names else _in_names_of(own, weights)
     # What a network works out by itself (SwinIR's masks) is in files too, in the size that was right for them.

@@ -87,7 +87,7 @@ def degrade_image(
         raise ValueError(f"degradation_type must be one of {', '.join(DEGRADATIONS)}, not {degradation_type}")
     if min(H.shape[:2]) < scale:
         raise ValueError(f"an image of {H.shape[1]} x {H.shape[0]} pixels cannot be made {scale} times smaller")
-    digest = hashlib.sha256(name.encode()).digest()
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).digest()  # names that are not UTF-8
     rng = np.random.default_rng((seed, int.from_bytes(digest, "big")))
     img = np.ascontiguousarray(modcrop(H if H.dtype == np.float32 else uint2single(H), scale))
     steps = DEGRADATIONS[degradation_type]((img.shape[0], img.shape[1], img.shape[2]), scale, rng)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from utils.utils_error import UserError
 from utils.utils_image import imread_uint, uint2tensor4
-from utils.utils_metrics import INSTALL, ssg_maps
+from utils.utils_metrics import ssg_maps
 from utils.utils_ssl import edge_mask, self_similarity_graph
 
 Picture = NDArray[np.uint8]
@@ -38,7 +38,10 @@ def _matplotlib() -> Any:
         import matplotlib
         import matplotlib.figure
     except ImportError as error:
-        raise UserError(f"figures are drawn by matplotlib, which cannot be imported ({error}): {INSTALL}") from None
+        raise UserError(
+            f"figures are drawn by matplotlib, which cannot be imported ({error}): "
+            "python -m pip install -r requirements.txt"
+        ) from None
     return matplotlib
 
 

@@ -5,29 +5,57 @@ The names and meanings are those of KAIR (https://github.com/cszn/KAIR, ``utils/
 An LMDB folder (``X.lmdb``, see utils_lmdb.py) reads like a folder of images everywhere.
 """
 
+import logging
 import os
+import re
+import struct
 import warnings
-from collections.abc import Callable, Sequence
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import BytesIO
-from math import ceil, inf, log10
-from typing import Any
+from math import ceil, inf, log10, nan, prod
+from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
-from scipy.io import loadmat, savemat
+from PIL import Image, ImageOps, PngImagePlugin, features
+from scipy.io import loadmat, savemat, whosmat
 from scipy.io.matlab import MatReadError
 from scipy.sparse import csr_array
 
 from utils import utils_lmdb
-from utils.utils_error import UserError
+from utils.utils_error import UserError, check_regular
+from utils.utils_icc import foreign_profile
+from utils.utils_png import GRAY, GRAY_ALPHA, encode_png, png_chunks, png_kind
+from utils.utils_tiff import TiffFacts, is_tiff, read_tiff, tiff_facts, upright
 
+logger = logging.getLogger(__name__)
 Array = NDArray[Any]
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+# Those that are written, and others that are read as well.
+_WRITTEN = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (
+    *_WRITTEN,
+    *(".jpe", ".jfif", ".dib", ".gif", ".apng", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
+    *((".avif",) if features.check("avif") else ()),
+    *((".jp2", ".j2k") if features.check("jpg_2000") else ()),
+)
+_PILLOWS = ("WEBP", "GIF", "AVIF")  # what Pillow decodes, and not OpenCV
+_PILLOWS_TOO = ("DIB", "JPEG2000", "PPM", "TGA")  # what some versions of OpenCV do not read
+
+_CICP_SRGB = bytes([1, 13, 0, 1])  # primaries, transfer, matrix, full range
+
+# A small file can unpack to any size: 16384 x 16384 pixels are read, phones make 200 megapixels.
+MAX_PIXELS = 1 << 28
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above that and refuses twice as many
+PngImagePlugin.MAX_TEXT_CHUNK = 1 << 24  # bytes; Pillow's 1 MiB is less than some colour profiles have
+_MAX_MAT = 1 << 30  # bytes that a variable of a MATLAB file may unpack to
 
 # A file that cannot be decoded becomes a UserError here; OpenCV's and Pillow's own lines would only stand before it.
 warnings.filterwarnings("ignore", module="PIL")
@@ -39,7 +67,10 @@ warnings.filterwarnings("ignore", module="PIL")
 def get_image_paths(dataroot: str | Sequence[str] | None) -> list[str]:
     """All image files below one folder or several, sorted within each; a single file or LMDB folder stands for itself.
 
-    None gives an empty list. Raises UserError for a path that is missing or holds no image.
+    Hidden files and folders, and those that systems make (``@eaDir``, ``__MACOSX``), are left out. Files of other kinds
+    and folders that cannot be read are counted in a warning. None gives an empty list.
+
+    Raises UserError for a path that is missing or holds no image.
     """
     return _find_files(dataroot, IMAGE_SUFFIXES, "images")
 
@@ -65,19 +96,90 @@ def _find_files(dataroot: str | Sequence[str] | None, suffixes: tuple[str, ...],
         return [dataroot]
     if not os.path.isdir(dataroot):
         raise UserError(f"{dataroot} does not exist: {wanted}")
-    if dataroot.rstrip("/" + os.sep).endswith(".lmdb"):
+    if utils_lmdb.is_lmdb(dataroot):
         listed = utils_lmdb.list_lmdb(dataroot.rstrip("/" + os.sep))
         found = [path for path in listed if path.lower().endswith(suffixes)]
     else:
-        found = sorted(
-            os.path.join(folder, name)
-            for folder, _, names in os.walk(dataroot, followlinks=True)
-            for name in names
-            if name.lower().endswith(suffixes) and not name.startswith(".")  # "._x.png": macOS's notes about x.png
-        )
+        below = walk(dataroot, suffixes)
+        found = below.found
+        if below.closed:
+            _warn_once(f"{dataroot}: {_counted(len(below.closed), 'folder')} cannot be read ({below.closed[0]})")
+        if below.others:
+            verb = "was" if sum(below.others.values()) == 1 else "were"
+            kinds = f"{', '.join([*below.others][:8])}{', ...' if len(below.others) > 8 else ''}"
+            count = _counted(sum(below.others.values()), "file")
+            _warn_once(f"{dataroot}: {count} of other kinds {verb} not read ({kinds})")
     if not found:
         raise UserError(f"{dataroot} holds no {what}: {wanted}")
     return found
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+@lru_cache(maxsize=1 << 10)
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
+
+
+class Below(NamedTuple):
+    """What lies below a folder: files that are read, suffixes of the others, a line for each closed sub-folder."""
+
+    found: list[str]
+    others: Counter[str]
+    closed: list[str]
+
+
+# Thumbnails, deleted and system files of NAS, Windows, macOS, Linux, which nobody means. Without case.
+_SYSTEM = frozenset(
+    """@eadir|@tmp|@recycle|@recently-snapshot|#recycle|#snapshot|~snapshot|__macosx|lost+found|thumbs.db|ehthumbs.db
+    ehthumbs_vista.db|desktop.ini|picasa.ini|$recycle.bin|recycler|recycled|system volume information
+    network trash folder|temporary items|icon\r|__pycache__""".replace("\n    ", "|").split("|")
+)
+# What this program leaves beside images.
+_OWN = ("prepared.json", "manifest.jsonl")
+
+
+def _is_meant(name: str) -> bool:
+    """Whether a file or folder is the user's: hidden ones and those that systems make are not."""
+    return not name.startswith(".") and name.lower() not in _SYSTEM
+
+
+def walk(root: str, suffixes: tuple[str, ...]) -> Below:
+    """All files below a folder, sorted; hidden files and folders, and those that systems make, are left out.
+
+    Links to folders are followed; a folder that is reached again, by whatever link, is not read again.
+    """
+    found: list[str] = []
+    others: Counter[str] = Counter()
+    closed: list[str] = []
+    seen: set[str] = set()
+
+    def is_new(folder: str) -> bool:
+        place = os.path.realpath(folder)
+        return place not in seen and not seen.add(place)  # type: ignore[func-returns-value]
+
+    def note(error: OSError) -> None:
+        closed.append(f"{error.filename}: {error.strerror or error}")
+
+    starts = deque([root])  # and links, which come last: a folder is called by its own name where it has one
+    while starts:
+        start = starts.popleft()
+        if not is_new(start):
+            continue
+        for folder, folders, names in os.walk(start, onerror=note):
+            meant = [os.path.join(folder, name) for name in sorted(folders) if _is_meant(name)]
+            here = Path(os.path.realpath(folder))
+            links = (path for path in meant if os.path.islink(path))
+            starts.extend(path for path in links if not here.is_relative_to(os.path.realpath(path)))  # else a loop
+            folders[:] = [os.path.basename(path) for path in meant if not os.path.islink(path) and is_new(path)]
+            for name in filter(_is_meant, names):
+                if name.lower().endswith(suffixes):
+                    found.append(os.path.join(folder, name))
+                elif name not in _OWN:
+                    others[os.path.splitext(name)[1].lower() or "no suffix"] += 1
+    return Below(sorted(found), others, closed)
 
 
 def read_file(path: str) -> NDArray[np.uint8]:
@@ -85,61 +187,190 @@ def read_file(path: str) -> NDArray[np.uint8]:
     place = utils_lmdb.split_path(path)
     if place:
         return np.frombuffer(utils_lmdb.read_lmdb(*place), np.uint8)
+    check_regular(path)
     try:
         return np.fromfile(path, dtype=np.uint8)  # cv2.imread cannot open every path on Windows
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
+@dataclass(frozen=True)
+class ImageExtras:
+    """What an image file holds besides gray or RGB, for a result to be saved alike."""
+
+    bits: int = 8  # 8 or 16 a channel
+    alpha: Array | None = None  # (H, W), uint8 or uint16; None = opaque
+    icc: bytes | None = None  # a colour profile
+    cicp: bytes | None = None  # PNG's four numbers that say what its colours are
+
+    def resized(self, scale: float) -> "ImageExtras":
+        """With alpha resized by MATLAB's bicubic, clipped, in ``bits`` bits."""
+        if self.alpha is None:
+            return self
+        return replace(self, alpha=single2uint(imresize_np(uint2single(self.alpha), scale), self.bits))
+
+    def fitting(self, channels: int) -> "ImageExtras":
+        """Without a profile that is for something else than gray (``channels`` 1) or RGB (3): CMYK's, for one."""
+        space = b"GRAY" if channels == 1 else b"RGB "
+        icc = self.icc if self.icc and self.icc[16:20] == space else None
+        return replace(self, icc=icc, cicp=self.cicp if channels == 3 else None)
+
+
 def imread_uint(path: str, n_channels: int | None = 3) -> Array:
     """Read an image as ``(H, W, n_channels)``, RGB or gray, uint8 or uint16 as in the file.
 
     ``n_channels`` 3, 1 or None: as many of these as the file has. Alpha is dropped, palettes and CMYK become RGB, EXIF
-    rotation is applied, of an animation the first frame is taken. Raises UserError for a file that cannot be read.
+    rotation is applied, of an animation or several pages the first is taken. Raises UserError for a file that cannot be
+    read, or has more than MAX_PIXELS.
     """
-    if n_channels not in (1, 3, None):
-        raise ValueError(f"n_channels must be 1 or 3, not {n_channels}")
     return decode(read_file(path), path, n_channels)
+
+
+def read_image(path: str, n_channels: int | None = 3) -> tuple[Array, ImageExtras]:
+    """:func:`imread_uint`, and what else the file holds. Its colours are not multiplied by its alpha."""
+    data = read_file(path)
+    img, alpha, header = _decode(data, path, n_channels, with_alpha=True)
+    if alpha is not None and alpha.min() == np.iinfo(alpha.dtype).max:
+        alpha = None
+    return img, ImageExtras(8 * img.itemsize, alpha, *_profiles(data, header))
+
+
+def dropped(data: NDArray[np.uint8], path: str) -> list[str]:
+    """What :func:`decode` loses of a file that it can read: transparency, a profile; a phrase each."""
+    header = read_header(data, path)
+    if header is None:
+        return []
+    phrases = ["with transparency, which is dropped"] if has_alpha(header) else []
+    icc, cicp = _profiles(data, header)
+    if cicp not in (None, _CICP_SRGB):
+        phrases.append(f"with colours that are not sRGB's (cICP {'-'.join(map(str, cicp))}), but taken for them")
+    elif cicp is None and icc and icc[16:20] != b"CMYK" and (name := foreign_profile(icc)):
+        phrases.append(f"with colours that are not sRGB's (profile {name}), but taken for them")
+    return phrases
+
+
+def _profiles(data: NDArray[np.uint8], header: Image.Image | TiffFacts | None) -> tuple[bytes | None, bytes | None]:
+    """The ICC profile and the cICP chunk."""
+    icc = header.info.get("icc_profile") if isinstance(header, Image.Image) else header and header.icc
+    return icc or None, dict(png_chunks(data)).get(b"cICP")
 
 
 def decode(data: NDArray[np.uint8], path: str, n_channels: int | None = 3) -> Array:
     """:func:`imread_uint` of a file's bytes; ``path`` is for messages."""
-    kind = {3: cv2.IMREAD_COLOR, 1: cv2.IMREAD_GRAYSCALE, None: cv2.IMREAD_ANYCOLOR}[n_channels]
+    return _decode(data, path, n_channels, with_alpha=False)[0]
+
+
+def _decode(
+    data: NDArray[np.uint8], path: str, n_channels: int | None, with_alpha: bool
+) -> tuple[Array, Array | None, Image.Image | TiffFacts | None]:
+    """Pixels, alpha (H, W) if it is wanted and there, and what the header says as far as Pillow knows the format."""
+    if n_channels not in (1, 3, None):
+        raise ValueError(f"n_channels must be 1 or 3, not {n_channels}")
     bad = UserError(f"{path} cannot be decoded: it is damaged, cut short or no image; replace or remove it")
     if not data.size:
         raise UserError(f"{path} is empty (0 bytes); replace or remove it")
+    img: Array | None
+    alpha: Array | None = None
     try:
-        img = _decode_with_pillow(data, n_channels)
-        if img is None:
+        header = read_header(data, path)
+        if isinstance(header, TiffFacts):
+            img, alpha = read_tiff(data, path)
+        elif header is not None and header.format in _PILLOWS:
+            # OpenCV 4 refuses animated WebP and ignores WebP's EXIF rotation
+            img = _with_pillow(header)
+        else:
+            kind = {3: cv2.IMREAD_COLOR, 1: cv2.IMREAD_GRAYSCALE, None: cv2.IMREAD_ANYCOLOR}[n_channels]
+            if n_channels is None and png_kind(data)[1] == GRAY_ALPHA:  # to OpenCV a kind of RGB
+                kind = cv2.IMREAD_GRAYSCALE
             img = cv2.imdecode(data, cv2.IMREAD_ANYDEPTH | kind)
             if img is not None and img.ndim == 3:
                 img = cv2.cvtColor(img, cv2.COLOR_BGR2RGB)
+            if img is None and header is not None and header.format in _PILLOWS_TOO:
+                img = _with_pillow(header)
+        if with_alpha and isinstance(header, Image.Image):
+            alpha = _alpha(data, header)
     except (cv2.error, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise bad from error
     if img is None or _jpeg_is_cut_short(data):
         raise bad
     if img.dtype not in (np.uint8, np.uint16):
         raise UserError(f"{path} holds {img.dtype} values: save it with 8 or 16 bits a channel")
-    return img if img.ndim == 3 else img[..., None]
+    channels = 1 if img.ndim == 2 else img.shape[2]
+    if n_channels is not None and channels != n_channels:
+        img = cv2.cvtColor(img, cv2.COLOR_RGB2GRAY if channels == 3 else cv2.COLOR_GRAY2RGB)
+    return img if img.ndim == 3 else img[..., None], alpha, header
 
 
-def _decode_with_pillow(data: NDArray[np.uint8], n_channels: int | None) -> Array | None:
-    """WebP, and TIFF with alpha; None for what OpenCV should decode.
+def read_header(data: NDArray[np.uint8], path: str) -> Image.Image | TiffFacts | None:
+    """What a file says before its pixels: a TIFF's tags, for other files Pillow's; None where Pillow cannot tell.
 
-    OpenCV 4 refuses animated WebP and ignores WebP's EXIF rotation; every version multiplies a TIFF's colours by alpha.
+    Raises UserError for an image of more than MAX_PIXELS, ValueError for a damaged TIFF.
     """
-    head = data[:12].tobytes()
-    is_webp = head.startswith(b"RIFF") and head.endswith(b"WEBP")
-    if not is_webp and not head.startswith((b"II*\0", b"MM\0*")):
-        return None
+    if is_tiff(data):
+        facts = tiff_facts(data)
+        _check_pixels(prod(facts.size), path)
+        return facts
+    return _pillow_header(BytesIO(data.tobytes()), path)
+
+
+def _pillow_header(file: IO[bytes], path: str) -> Image.Image | None:
     try:
-        image = Image.open(BytesIO(data.tobytes()))
-    except UnidentifiedImageError:  # Pillow knows fewer kinds of TIFF
+        return Image.open(file)
+    except Image.DecompressionBombError as error:
+        found = re.search(r"\d+", str(error))  # it begins with how many there are
+        raise _too_many(int(found[0]) if found else MAX_PIXELS, path) from error
+    except (OSError, ValueError, SyntaxError):
         return None
-    if not is_webp and image.mode != "RGBA":
+
+
+def _check_pixels(pixels: int, path: str) -> None:
+    if pixels > MAX_PIXELS:
+        raise _too_many(pixels, path)
+
+
+def _too_many(pixels: int, path: str) -> UserError:
+    return UserError(
+        f"{path} has {pixels / 1e6:,.0f} megapixels, more than the {MAX_PIXELS / 1e6:.0f} that are read: cut it into "
+        "pieces, or replace it if it should be smaller"
+    )
+
+
+def _alpha(data: NDArray[np.uint8], header: Image.Image) -> Array | None:
+    """Alpha ``(H, W)``, turned as the colours are; None where a file that is no TIFF has none."""
+    if not has_alpha(header):
         return None
-    rgb = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    return cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY) if n_channels == 1 else rgb
+    bits, colour = png_kind(data)
+    if bits != 16 and colour != GRAY:
+        return np.asarray(ImageOps.exif_transpose(header).convert("RGBA"))[..., 3]
+    # Pillow cuts 16 bits to 8, and mistakes which gray stands for transparent where there are 2 or 4 bits.
+    raw: Array = np.asarray(cv2.imdecode(data, cv2.IMREAD_UNCHANGED))
+    if raw.ndim == 3:
+        alpha = raw[..., -1]
+    else:
+        peak = np.iinfo(raw.dtype).max
+        transparent = int.from_bytes(dict(png_chunks(data))[b"tRNS"][:2], "big") * peak // (2**bits - 1)
+        alpha = np.where(raw == transparent, 0, peak).astype(raw.dtype)
+    return upright(alpha, exif_orientation(header))
+
+
+def has_alpha(header: Image.Image | TiffFacts) -> bool:
+    """Whether an image has transparency of any kind."""
+    if isinstance(header, TiffFacts):
+        return header.has_alpha
+    return header.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in header.info
+
+
+def exif_orientation(header: Image.Image | TiffFacts) -> int:
+    """1 (upright) to 8; from 5 on rows are columns."""
+    if isinstance(header, TiffFacts):
+        return header.orientation
+    exif = Image.Exif()
+    exif.load(header.info.get("exif", b""))  # asked of a PNG, getexif would decode it all
+    return int(exif.get(0x0112, 1))
+
+
+def _with_pillow(image: Image.Image) -> Array:
+    return np.asarray(ImageOps.exif_transpose(image).convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
 
 
 def image_size(path: str) -> tuple[int, int]:
@@ -147,23 +378,25 @@ def image_size(path: str) -> tuple[int, int]:
 
     Raises UserError for a file whose header cannot be read; the rest of it may still be damaged.
     """
-    if path.lower().endswith((".tif", ".tiff")):  # versions of Pillow differ in the sizes of rotated ones
-        height, width = imread_uint(path, None).shape[:2]
-        return height, width
+    header: Image.Image | TiffFacts | None = None
     try:
-        # an open file and not its name: Pillow's message would hold the name once more
-        source = BytesIO(read_file(path).tobytes()) if utils_lmdb.split_path(path) else open(path, "rb")  # noqa: SIM115
-        with source, Image.open(source) as image:
-            width, height = image.size
-            exif = Image.Exif()
-            exif.load(image.info.get("exif", b""))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        height, width = imread_uint(path, None).shape[:2]  # raises in its own words, or knows better
-        return height, width
-    return (width, height) if exif.get(_ORIENTATION, 1) >= 5 else (height, width)
-
-
-_ORIENTATION = 0x0112  # EXIF's; from 5 on rows are columns
+        if utils_lmdb.split_path(path):
+            header = read_header(read_file(path), path)
+        else:
+            check_regular(path)
+            with open(path, "rb") as file:
+                header = _pillow_header(file, path)
+            if header is None or header.format == "TIFF":  # versions of Pillow differ in the sizes of rotated ones
+                header = read_header(read_file(path), path)
+        if isinstance(header, TiffFacts):
+            return header.size
+        if header is not None:
+            width, height = header.size
+            return (width, height) if exif_orientation(header) >= 5 else (height, width)
+    except (OSError, ValueError, SyntaxError):
+        pass
+    height, width = imread_uint(path, None).shape[:2]  # raises in its own words, or knows better
+    return height, width
 
 
 def _jpeg_is_cut_short(data: Array) -> bool:
@@ -179,24 +412,32 @@ def _jpeg_is_cut_short(data: Array) -> bool:
     return False
 
 
-def imsave(img: Array, img_path: str, png_level: int | None = None) -> None:
+def imsave(img: Array, img_path: str, png_level: int | None = None, extras: ImageExtras | None = None) -> None:
     """Write an RGB ``(H, W, 3)`` or gray ``(H, W)``, ``(H, W, 1)`` image, uint8 or uint16, whole or not at all.
 
-    ``png_level``: how hard PNG is compressed, 0 to 9; None = OpenCV's, fast. 3 saves a tenth for thrice the time.
+    Args:
+        png_level: how hard PNG is compressed, 0 to 9; None = OpenCV's, fast. 3 saves a tenth for thrice the time.
+        extras: alpha (of the image's size and dtype) and colour profile, which a PNG takes along; its ``bits`` do not
+            count.
 
     Raises UserError for a suffix or folder that cannot be written, ValueError for any other dtype.
     """
     if img.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"imsave takes uint8 or uint16, not {img.dtype}; convert with single2uint or tensor2uint")
     suffix = os.path.splitext(img_path)[1].lower()
-    if suffix not in IMAGE_SUFFIXES:
-        raise UserError(f"{img_path}: no image format is called {suffix!r}; use one of {' '.join(IMAGE_SUFFIXES)}")
+    if suffix not in _WRITTEN:
+        raise UserError(f"{img_path}: no image format is called {suffix!r}; use one of {' '.join(_WRITTEN)}")
     if img.dtype == np.uint16 and suffix not in (".png", ".tif", ".tiff"):
         raise UserError(f"{img_path}: {suffix} holds 8 bits a channel; use .png or .tif for 16")
     is_rgb = img.ndim == 3 and img.shape[2] == 3
-    settings = [] if png_level is None else [cv2.IMWRITE_PNG_COMPRESSION, png_level]
-    encoded = cv2.imencode(suffix, cv2.cvtColor(img, cv2.COLOR_RGB2BGR) if is_rgb else img, settings)[1]
-    write_file(encoded.tobytes(), img_path)
+    if suffix == ".png":
+        extras = (extras or ImageExtras()).fitting(3 if is_rgb else 1)
+        if extras.alpha is not None:
+            img = np.dstack([img, extras.alpha])
+        encoded = encode_png(img, png_level, extras.icc, extras.cicp)
+    else:
+        encoded = cv2.imencode(suffix, cv2.cvtColor(img, cv2.COLOR_RGB2BGR) if is_rgb else img)[1].tobytes()
+    write_file(encoded, img_path)
 
 
 def write_file(content: bytes, path: str) -> None:
@@ -220,8 +461,13 @@ def read_mask(path: str) -> NDArray[np.float32]:
     Raises UserError for a file that is unreadable or holds other values.
     """
     if path.lower().endswith(".mat"):
+        content = read_file(path).tobytes()
+        _check_unpacked(content, path)
         try:
-            mask = loadmat(BytesIO(read_file(path).tobytes()), variable_names=["mat"])["mat"]
+            for name, shape, _ in whosmat(BytesIO(content)):
+                if name == "mat":
+                    _check_pixels(prod(shape), path)
+            mask = loadmat(BytesIO(content), variable_names=["mat"])["mat"]
         except KeyError as error:
             raise UserError(f'{path} has no variable "mat": write the edge mask under that name') from error
         # scipy meets a damaged file with whatever its parser stumbled over
@@ -233,6 +479,27 @@ def read_mask(path: str) -> NDArray[np.float32]:
     if mask.ndim != 2 or not np.all(on | (mask == 0)):
         raise UserError(f"{path} is not an edge mask: it must be one plane of 0 and 1, or 0 and 255")
     return on.astype(np.float32)
+
+
+def _check_unpacked(content: bytes, path: str) -> None:
+    """Raise UserError for a MATLAB file of which a variable unpacks to more than _MAX_MAT bytes."""
+    at, compressed, piece = 128, 15, 1 << 14
+    order = "<" if content[126:128] == b"IM" else ">"
+    while at + 8 <= len(content):
+        kind, size = struct.unpack(f"{order}II", content[at : at + 8])
+        at += 8
+        unpacked, unpacker = 0, zlib.decompressobj()
+        # Zlib makes at most 1000 bytes of one.
+        for start in range(at, min(at + size, len(content)), piece) if kind == compressed else ():
+            try:
+                unpacked += len(unpacker.decompress(content[start : start + piece]))
+            except zlib.error:
+                break  # scipy will say so
+            if unpacked > _MAX_MAT:
+                raise UserError(
+                    f"{path} unpacks to more than {_MAX_MAT / 2**30:.0f} GiB, which no edge mask needs: make it again"
+                )
+        at += size
 
 
 def save_mask(mask: Array, path: str) -> None:
@@ -402,23 +669,49 @@ def imresize_np(
 
 
 def imresize(img: torch.Tensor, scale: float, antialiasing: bool = True) -> torch.Tensor:
-    """:func:`imresize_np` for a tensor ``(..., H, W)``, on its device and differentiable."""
+    """:func:`imresize_np` for a tensor ``(..., H, W)``, on its device and differentiable.
 
-    def matrix(n_in: int) -> torch.Tensor:
-        return torch.from_numpy(_bicubic_matrix(n_in, scale, antialiasing, np.float64).toarray()).to(img)
+    Blocks of the result are small dense products: the whole matrix would grow with the square of the side.
+    """
+    rows = [block @ img[..., inputs, :] for block, inputs in _bicubic_blocks(img.shape[-2], scale, antialiasing, img)]
+    img = torch.cat(rows, dim=-2)
+    columns = _bicubic_blocks(img.shape[-1], scale, antialiasing, img)
+    return torch.cat([img[..., inputs] @ block.T for block, inputs in columns], dim=-1)
 
-    return matrix(img.shape[-2]) @ img @ matrix(img.shape[-1]).T
+
+def _bicubic_blocks(
+    n_in: int, scale: float, antialiasing: bool, like: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, slice]]:
+    """The matrix of :func:`_bicubic_matrix` in blocks of rows, each with the columns that are not zero in it."""
+    matrix = _bicubic_matrix(n_in, scale, antialiasing, np.float64)
+    for first in range(0, matrix.shape[0], _BLOCK):
+        block = matrix[first : first + _BLOCK]
+        inputs = slice(int(block.indices.min()), int(block.indices.max()) + 1)
+        yield torch.from_numpy(block[:, inputs].toarray()).to(like), inputs
+
+
+_BLOCK = 512  # rows: a training patch's matrix is one block
 
 
 # ----------------------------------------------------------------------------------------------------------- metrics
 
 
-def _comparable(img1: Array, img2: Array, border: int) -> tuple[Array, Array]:
+def _comparable(img1: Array, img2: Array, border: int, window: int = 1) -> Iterator[tuple[Array, Array]]:
+    """Both images inside the border as float64, in bands of rows: whole they would take many times their memory.
+
+    Bands overlap such that each position of a ``window`` lies in one of them.
+    """
     if img1.shape != img2.shape:
         raise ValueError(f"images of different shapes cannot be compared: {img1.shape} and {img2.shape}")
     height, width = img1.shape[:2]
-    inside = slice(border, height - border), slice(border, width - border)
-    return img1[inside].astype(np.float64), img2[inside].astype(np.float64)
+    columns = slice(border, width - border)
+    rows = max(1, _BAND_PIXELS // max(1, width))
+    for top in range(border, height - border - window + 1, rows):
+        band = slice(top, min(top + rows + window - 1, height - border))
+        yield img1[band, columns].astype(np.float64), img2[band, columns].astype(np.float64)
+
+
+_BAND_PIXELS = 2**20
 
 
 def _data_range(img: Array, data_range: float | None) -> float:
@@ -432,8 +725,11 @@ def calculate_psnr(img1: Array, img2: Array, border: int = 0, data_range: float 
 
     ``data_range`` None: 65535 for uint16, else 255 (also for floats, as in KAIR). Raises ValueError when shapes differ.
     """
-    a, b = _comparable(img1, img2, border)
-    mse = float(np.mean((a - b) ** 2))
+    errors, count = 0.0, 0
+    for a, b in _comparable(img1, img2, border):
+        errors += float(np.sum((a - b) ** 2))
+        count += a.size
+    mse = errors / count if count else nan
     return inf if mse == 0 else 20 * log10(_data_range(img1, data_range) / mse**0.5)
 
 
@@ -443,8 +739,7 @@ def calculate_ssim(img1: Array, img2: Array, border: int = 0, data_range: float 
     Wang et al. 2004: 11 x 11 Gaussian of sigma 1.5, valid positions only. ``data_range`` as in :func:`calculate_psnr`.
     Raises ValueError when shapes differ or fewer than 11 pixels are left.
     """
-    a, b = _comparable(img1, img2, border)
-    if min(a.shape[:2]) < 11:
+    if min(img1.shape[:2]) - 2 * border < 11 and img1.shape == img2.shape:
         raise ValueError(f"SSIM needs 11 x 11 pixels inside the border of {border}: got shape {img1.shape}")
     peak = _data_range(img1, data_range)
     c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
@@ -453,7 +748,11 @@ def calculate_ssim(img1: Array, img2: Array, border: int = 0, data_range: float 
     def mean(x: Array) -> Array:
         return cv2.sepFilter2D(x, -1, window, window)[5:-5, 5:-5]
 
-    mu1, mu2 = mean(a), mean(b)
-    var1, var2, covariance = mean(a * a) - mu1**2, mean(b * b) - mu2**2, mean(a * b) - mu1 * mu2
-    ssim = ((2 * mu1 * mu2 + c1) * (2 * covariance + c2)) / ((mu1**2 + mu2**2 + c1) * (var1 + var2 + c2))
-    return float(ssim.mean())
+    total, count = 0.0, 0
+    for a, b in _comparable(img1, img2, border, window=11):
+        mu1, mu2 = mean(a), mean(b)
+        var1, var2, covariance = mean(a * a) - mu1**2, mean(b * b) - mu2**2, mean(a * b) - mu1 * mu2
+        ssim = ((2 * mu1 * mu2 + c1) * (2 * covariance + c2)) / ((mu1**2 + mu2**2 + c1) * (var1 + var2 + c2))
+        total += float(ssim.sum())
+        count += ssim.size
+    return total / count

@@ -2,13 +2,13 @@
 
 ``X.lmdb`` holds ``data.mdb``, whose keys are the images' names without suffix (``sub/0001``) and whose values are whole
 encoded files, and ``meta_info.txt``, a line ``sub/0001.png (height,width,channels) 1`` for each. Elsewhere in this
-project such an image has the path ``X.lmdb/sub/0001.png``. Needs the package lmdb (``requirements-extra.txt``).
+project such an image has the path ``X.lmdb/sub/0001.png``.
 """
 
 import os
 from typing import Any
 
-from utils.utils_error import UserError
+from utils.utils_error import UserError, check_regular
 
 META = "meta_info.txt"
 _open: dict[str, Any] = {}  # this process's, by folder
@@ -20,9 +20,14 @@ def import_lmdb() -> Any:
         import lmdb
     except ImportError as error:
         raise UserError(
-            "LMDB folders need the package lmdb: pip install -r requirements-extra.txt, or name a plain folder"
+            "LMDB folders need the package lmdb: python -m pip install -r requirements.txt, or name a plain folder"
         ) from error
     return lmdb
+
+
+def is_lmdb(folder: str) -> bool:
+    """Whether a folder is called as an LMDB folder is."""
+    return folder.rstrip("/" + os.sep).endswith(".lmdb")
 
 
 def split_path(path: str | os.PathLike[str]) -> tuple[str, str] | None:
@@ -37,9 +42,11 @@ def list_lmdb(folder: str) -> list[str]:
 
     Raises UserError for a folder without ``meta_info.txt``: it is written last, so the packing was cut short.
     """
+    for name in (META, "data.mdb"):
+        check_regular(os.path.join(folder, name))
     try:
-        with open(os.path.join(folder, META), encoding="utf-8") as file:
-            names = [line.rsplit(" (", 1)[0] for line in file.read().splitlines() if line]
+        with open(os.path.join(folder, META), encoding="utf-8", errors="surrogateescape") as file:
+            names = [line.rsplit(" (", 1)[0] for line in file.read().split("\n") if line]
     except OSError as error:
         raise UserError(
             f"{folder} has no {META}, so it is not finished: run the command that makes it again "
@@ -60,7 +67,7 @@ def read_lmdb(folder: str, key: str) -> bytes:
             raise UserError(f"{folder} cannot be opened as LMDB ({error}): pack it again") from error
         _open[folder] = env
     with env.begin() as transaction:
-        value = transaction.get(key.encode())
+        value = transaction.get(key.encode(errors="surrogateescape"))
     if value is None:
         raise UserError(f"{folder} holds nothing under the key {key!r}, though {META} names it: pack it again")
     return value

@@ -9,9 +9,9 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from utils.utils_error import UserError
+from utils.utils_error import UserError, explain
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,8 @@ def _init_worker(_: int) -> None:
     # sends its workers home; if it dies they notice by themselves.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "SIGBUS"):  # /dev/shm is full: the main process says it, PyTorch's handler would too
+        signal.signal(signal.SIGBUS, signal.SIG_DFL)
 
 
 def training_loader(dataset: Dataset, sampler: EndlessBatchSampler, num_workers: int, pin_memory: bool) -> DataLoader:
@@ -90,15 +92,17 @@ def training_loader(dataset: Dataset, sampler: EndlessBatchSampler, num_workers:
 
 
 def batches(loader: DataLoader) -> Generator[dict[str, Any], None, None]:
-    """The loader's batches; a user's mistake found in a worker is one line here, without the worker's traceback.
+    """The loader's batches; what is no fault of the program's is one line here, without the worker's traceback.
 
     Close the generator (``contextlib.closing``) to send the workers home.
     """
     iterator = iter(loader)
     try:
         yield from iterator
-    except UserError as error:
-        raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from error
+    except Exception as error:
+        if line := explain(error):
+            raise UserError(line) from error
+        raise
     finally:
         # Now and not when the garbage is collected: workers are deaf to the SIGTERM that would end them at exit.
         if hasattr(iterator, "_shutdown_workers"):
@@ -108,4 +112,10 @@ def batches(loader: DataLoader) -> Generator[dict[str, Any], None, None]:
 def one_by_one(dataset: Dataset, rank: int, world_size: int) -> DataLoader:
     """One image at a time, read by this process; several processes share the images."""
     assert isinstance(dataset, Sized)
-    return DataLoader(dataset, batch_size=1, sampler=range(rank, len(dataset), world_size))
+    shared = range(rank, len(dataset), world_size)
+    return DataLoader(dataset, batch_size=1, sampler=shared, collate_fn=_batch_of_one)
+
+
+def _batch_of_one(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch without L_extras, which are for saving a result and no tensors."""
+    return default_collate([{name: value for name, value in item.items() if name != "L_extras"} for item in items])

@@ -10,7 +10,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from utils.utils_error import accept_all_characters, printable
+
 logger = logging.getLogger(__name__)
+
+
+class _Formatter(logging.Formatter):
+    """Keeps the control characters of file names from terminal and file; tables have lines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), keep="\n")
 
 
 class _TerminalHandler(logging.Handler):
@@ -30,11 +39,12 @@ class _RunFileHandler(logging.FileHandler):
 
 def setup(log_file: Path | None = None, quiet: bool = False) -> None:
     """Send the log to the terminal (unless quiet: processes other than the first) and, from now on, to a file."""
+    accept_all_characters()
     root = logging.getLogger()
     root.setLevel(logging.WARNING if quiet else logging.INFO)
     if not quiet and not any(isinstance(h, _TerminalHandler) for h in root.handlers):
         terminal = _TerminalHandler()
-        terminal.setFormatter(logging.Formatter("%(message)s"))
+        terminal.setFormatter(_Formatter("%(message)s"))
         root.addHandler(terminal)
     if not quiet and log_file is None and not any(isinstance(h, logging.handlers.MemoryHandler) for h in root.handlers):
         # What is said before a run has its folder (what was resumed, loaded, ignored) belongs into its file too.
@@ -44,7 +54,7 @@ def setup(log_file: Path | None = None, quiet: bool = False) -> None:
         records = [record for handler in early for record in handler.buffer]
         close_file()
         file = _RunFileHandler(log_file, encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        file.setFormatter(_Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         root.addHandler(file)
         for record in records:
             file.handle(record)

@@ -18,6 +18,7 @@ import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, Literal
 
 import numpy as np
@@ -26,8 +27,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from utils.utils_error import UserError
-from utils.utils_image import calculate_psnr, calculate_ssim, rgb2ycbcr, uint2tensor4, unrounded_y
-from utils.utils_ssl import edge_mask, self_similarity_graph
+from utils.utils_image import calculate_psnr, calculate_ssim, uint2tensor4, unrounded_y
+from utils.utils_ssl import edge_mask, graph_difference, self_similarity_graph
 
 logger = logging.getLogger(__name__)
 Picture = NDArray[np.uint8]
@@ -121,7 +122,7 @@ def choose(names: Iterable[str]) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------- our own
 
 _BAND_PIXELS = 2**15  # a band's graphs take at most 80 MB each, commonly a tenth of that
-_SEARCH, _EPS = 25, 1e-10  # of utils_ssl
+_SEARCH = 25  # of utils_ssl
 
 
 def ssg_maps(
@@ -157,11 +158,8 @@ def ssg_maps(
         at = of_band[0, 0].nonzero().cpu().numpy() + border
         if len(at):
             target = self_similarity_graph(hr[band], of_band[band])
-            log_target = target.clamp(min=_EPS).log_()
             for sr, values in zip(srs, maps, strict=True):
-                graph = self_similarity_graph(sr[band], of_band[band])
-                l1 = (graph - target).abs_().mean(1)
-                kl = (target.clamp(min=_EPS) * (log_target - graph.clamp_(min=_EPS).log_())).mean(1)
+                l1, kl = graph_difference(self_similarity_graph(sr[band], of_band[band]), target)
                 values[at[:, 0], at[:, 1]] = 1000 * (l1 + kl).cpu().numpy()
     return maps
 
@@ -172,15 +170,21 @@ def _mean(values: NDArray[np.float32]) -> float:
     return float(measured.mean(dtype=np.float64)) if measured.size else math.nan
 
 
+def _luma(image: Picture) -> NDArray[np.float64]:
+    """By bands of rows: on the way to luma an image takes many times its memory."""
+    rows = max(1, 2**20 // image.shape[1])
+    return np.concatenate([unrounded_y(image[top : top + rows]) for top in range(0, len(image), rows)])
+
+
 def _luma8(image: Picture) -> Picture:
-    return image if image.ndim == 2 else rgb2ycbcr(image)
+    return image if image.ndim == 2 else _luma(image).round().astype(np.uint8)
 
 
 _OWN: dict[str, Callable[[Picture, Picture, int], float]] = {
     "psnr": calculate_psnr,
     "ssim": calculate_ssim,
-    "psnr_y": lambda E, H, border: calculate_psnr(unrounded_y(E), unrounded_y(H), border),
-    "ssim_y": lambda E, H, border: calculate_ssim(unrounded_y(E), unrounded_y(H), border),
+    "psnr_y": lambda E, H, border: calculate_psnr(_luma(E), _luma(H), border),
+    "ssim_y": lambda E, H, border: calculate_ssim(_luma(E), _luma(H), border),
     "psnr_y8": lambda E, H, border: calculate_psnr(_luma8(E), _luma8(H), border),
     "ssim_y8": lambda E, H, border: calculate_ssim(_luma8(E), _luma8(H), border),
 }
@@ -383,24 +387,23 @@ class Measurer:
         """What the columns are: the note under a table."""
         notes = [f"{METRICS[name].title}: {METRICS[name].about}" for name in self.names]
         gray = "" if n_channels == 3 else " Gray images are their own luma, and repeated where RGB is needed."
-        library = f" By pyiqa {pyiqa_version()}: {', '.join(METRICS[n].title for n in self._networks)}."
+        library = ""
+        if self._networks:  # else pyiqa need not be installed
+            library = f" By pyiqa {version('pyiqa')}: {', '.join(METRICS[n].title for n in self._networks)}."
         return (
             f"{'; '.join(notes)}. 8-bit images without a border of {self.border} px, mean over the images; '-': image "
-            f"too small or without edges, or no ground truth.{gray}{library if self._networks else ''}"
+            f"too small or without edges, or no ground truth.{gray}{library}"
         )
 
 
-def pyiqa_version() -> str:
-    """Of the pyiqa that is installed."""
-    from importlib.metadata import version
-
-    return version("pyiqa")
-
-
 def mean_metrics(values: Sequence[Mapping[str, float]], names: Iterable[str]) -> dict[str, float]:
-    """The mean of each metric over the images that have it; NaN where none has."""
+    """The mean of each metric over the images that have a finite one; else infinite where any is, else NaN.
+
+    PSNR is infinite where E equals H, a black frame say; one such image would make every mean infinite.
+    """
     means = {}
     for name in names:
         measured = [image[name] for image in values if not math.isnan(image.get(name, math.nan))]
-        means[name] = sum(measured) / len(measured) if measured else math.nan
+        finite = [value for value in measured if math.isfinite(value)]
+        means[name] = sum(finite) / len(finite) if finite else math.inf if measured else math.nan
     return means

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from utils.utils_error import UserError
+from utils.utils_error import UserError, check_regular
 from utils.utils_option_checks import is_read, problems, unread
 from utils.utils_option_foreign import FROM_THE_TOP, translate
 from utils.utils_option_networks import NetD, NetG, RankerOptions, SpandrelOptions, network_classes
@@ -103,6 +103,7 @@ def _remedy(text: str, error: json.JSONDecodeError) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    check_regular(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -252,15 +253,6 @@ def _with_top(network: Any, top: Any, side: str, source: str) -> Any:
     return network.model_copy(update=update)
 
 
-def _newest(folder: Path, networks: str) -> Path | None:
-    """The last step's file of the first of ``networks`` that ``folder`` or its ``models`` holds."""
-    for network in networks:
-        own = [*folder.glob(f"*_{network}.pth"), *(folder / "models").glob(f"*_{network}.pth")]
-        if own:
-            return max(own, key=lambda file: (len(file.name), file.name))
-    return None
-
-
 def _with_checkpoint(opt: Options, source: str) -> Options:
     """Where the network is built from a checkpoint: which, the pretrained one or, that one gone, the run's newest.
 
@@ -269,15 +261,17 @@ def _with_checkpoint(opt: Options, source: str) -> Options:
     netG, path = opt.netG, opt.path.pretrained_netG
     if not isinstance(netG, SpandrelOptions):
         return opt
+    from utils.utils_resume import newest_generator  # reads checkpoints: only where they decide
+
     if netG.path not in (None, path):
         raise UserError(f"{source}: netG.path: {netG.path} contradicts path.pretrained_netG {path}; remove it")
-    if opt.is_train and not (path and Path(path).is_file()) and (own := _newest(opt.task_dir, "G")):
+    if opt.is_train and not (path and Path(path).is_file()) and (own := newest_generator(opt.task_dir, "G")):
         path = str(own)
         opt = opt.model_copy(update={"path": opt.path.model_copy(update={"pretrained_netG": path})})
     update: dict[str, Any] = {"netG": netG.model_copy(update={"path": path})}
     left_open = {"scale", "n_channels"} - opt.model_fields_set
     given = Path(path) if path else opt.task_dir
-    file = given if given.is_file() else _newest(given, "EG")
+    file = given if given.is_file() else newest_generator(given)
     if left_open and file:
         from utils.utils_spandrel import describe_checkpoint  # reads weights: only where they decide
 

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -31,8 +31,9 @@ import cv2
 import torch
 from tqdm import tqdm
 
-from utils.utils_error import UserError
-from utils.utils_image import Array, get_image_paths, imsave, save_mask
+from utils.utils_error import UserError, printable
+from utils.utils_image import Array, dropped, get_image_paths, imsave, read_file, save_mask
+from utils.utils_name import output_path
 from utils.utils_report import check_output, output_names
 from utils.utils_run import save_json, write_atomically
 
@@ -73,6 +74,14 @@ class Step(ABC):
     def settings(self) -> dict[str, Any]:
         return asdict(self)  # type: ignore[call-overload]
 
+    def also_read(self) -> Sequence[str]:
+        """Folders that are read besides the input."""
+        return ()
+
+    def folders(self, names: Sequence[str]) -> list[str]:
+        """A file in each folder below the output folder that :meth:`outputs` will name, of images so called."""
+        return list({name.rpartition("/")[0]: name for name in names}.values())
+
     @abstractmethod
     def outputs(self, path: str, name: str) -> list[str]:
         """The files to make of the image ``path``, whose own name is ``name``; reads its header at most."""
@@ -91,6 +100,7 @@ class Outcome:
     finished: int = 0  # files that were there before
     stale: bool = False  # ... though the image is newer than they are
     problem: str | None = None
+    dropped: str = ""  # what the files lack that the image has, see utils_image.dropped
     records: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -105,7 +115,8 @@ def prepare(step: Step, inputs: Sequence[str], output: Path, workers: int, dry_r
     """
     paths = get_image_paths(list(inputs))
     names = output_names(paths, inputs)
-    check_output(output, paths, inputs)
+    read, roots = [*paths, *get_image_paths(step.also_read())], [*inputs, *step.also_read()]
+    check_output(output, read, roots, [SETTINGS, RECORDS, *step.folders(names)])
     check_settings(step.command, step.settings(), inputs, output)
     if dry_run:
         return _dry_run(step, paths, names, output)
@@ -147,11 +158,12 @@ def _apply(step: Step, output: Path, image: _Image) -> Outcome:
         outcome.finished, outcome.stale = len(present), _is_newer(path, present)
         products = step.make(path, name, wanted) if wanted else iter(())
         product = next(products, None)
+        outcome.dropped = " and ".join(dropped(read_file(path), path)) if product else ""
     except IMAGE_ERRORS as error:
         outcome.problem = one_line(path, error)
         return outcome
     while product is not None:
-        _save(product.image, output / product.name)
+        _save(product.image, output_path(output, product.name))
         outcome.written += 1
         if product.record is not None:
             outcome.records.append({"file": product.name, "H": name + Path(path).suffix, **product.record})
@@ -194,8 +206,8 @@ def _save(image: Array, path: Path) -> None:
 
 def one_line(path: str, error: Exception) -> str:
     """What is the matter with an image, its path included."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if path in text else f"{path}: {text}"
+    text, name = printable(" ".join(str(error).split())) or type(error).__name__, printable(path)
+    return text if name in text else f"{name}: {text}"
 
 
 def _dry_run(step: Step, paths: Sequence[str], names: Sequence[str], output: Path) -> int:
@@ -212,7 +224,8 @@ def _dry_run(step: Step, paths: Sequence[str], names: Sequence[str], output: Pat
         tally.add(Outcome(path, len(wanted), len(present), _is_newer(path, present)))
         if wanted and shown < 10:
             shown += 1
-            print(f"{path} -> {wanted[0]}{f' ... {wanted[-1]} ({len(wanted)} files)' if len(wanted) > 1 else ''}")
+            more = f" ... {wanted[-1]} ({len(wanted)} files)" if len(wanted) > 1 else ""
+            print(printable(f"{path} -> {wanted[0]}{more}"))
     return tally.report(would=True)
 
 
@@ -364,6 +377,7 @@ class Tally:
         self._images = self._written = self._finished = 0
         self._stale: list[str] = []
         self._problems: list[str] = []
+        self._dropped: Counter[str] = Counter()
 
     def add(self, outcome: Outcome) -> None:
         self._images += 1
@@ -373,23 +387,25 @@ class Tally:
             self._stale.append(outcome.path)
         if outcome.problem:
             self._problems.append(outcome.problem)
+        if outcome.dropped:
+            self._dropped[outcome.dropped] += 1
 
     def report(self, would: bool = False) -> int:
         """Print the result, bad images on standard error; returns the exit status."""
         for problem in self._problems:
             print(f"bad: {problem}", file=sys.stderr)
+        for phrase, count in self._dropped.items():
+            print(f"{_count(count, 'image')} {phrase}", file=sys.stderr)
         if self._stale:
             more = f" and {len(self._stale) - 1} more" if len(self._stale) > 1 else ""
-            print(
-                f"{self._stale[0]}{more}: changed after files were made of it; remove those to have them made anew",
-                file=sys.stderr,
-            )
+            remedy = "remove those to have them made anew"
+            print(printable(f"{self._stale[0]}{more}: changed after files were made of it; {remedy}"), file=sys.stderr)
         parts = [f"{'would write' if would else 'wrote'} {_count(self._written, 'file')}"]
         if self._finished:
             parts.append(f"{self._finished} were finished before")
         if self._problems:
             parts.append(f"{_count(len(self._problems), 'bad image')} left out")
-        print(f"{self._command}: {_count(self._images, 'image')}, {', '.join(parts)}: {self._output}")
+        print(f"{self._command}: {_count(self._images, 'image')}, {', '.join(parts)}: {printable(str(self._output))}")
         return 1 if self._problems else 0
 
 

@@ -4,10 +4,12 @@ import csv
 import io
 import logging
 import math
+import os
 import re
+import sys
 import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from utils.utils_error import UserError
+from utils.utils_error import UserError, printable
 from utils.utils_html import Gallery, write_html
 from utils.utils_image import imsave
+from utils.utils_lmdb import split_path
 from utils.utils_metrics import METRICS, Measurer, mean_metrics
+from utils.utils_name import cell, folded, output_path, safe_name
 from utils.utils_run import save_json, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -27,40 +31,78 @@ Picture = NDArray[np.uint8]
 
 # ------------------------------------------------------------------------------------------------- where results go
 
+RESULTS = ("results.json", "results.csv", "results.md", "report.html", "side_by_side.png")
+
 
 def output_names(paths: Sequence[str], roots: Sequence[str]) -> list[str]:
     """For each image the name of its result, ``sub/folder/stem``: its path below the root that holds it.
 
+    Files of a folder keep their names. The keys of LMDB folders, which can hold anything, are made names of files.
+
     Raises:
         UserError: two images would have results of one name.
     """
+    order = {root: i for i, root in reversed([*enumerate(map(Path, roots))])}
     names: dict[str, str] = {}
+    taken: dict[str, str] = {}
     for path in map(Path, paths):
-        root = next(Path(root) for root in roots if Path(root) in [path, *path.parents])
-        name = (path.relative_to(root) if path != root else Path(path.name)).with_suffix("").as_posix()
-        if name in names:
-            raise UserError(f"{path} and {names[name]}: both would be saved as {name}.png; rename one")
-        names[name] = str(path)
+        root = min((p for p in (path, *path.parents) if p in order), key=order.__getitem__)
+        parts = (path.relative_to(root) if path != root else Path(path.name)).with_suffix("").parts
+        if split_path(path):
+            parts = tuple(safe_name(part) for part in parts)
+        name = "/".join(parts)
+        key = folded(name) if sys.platform in ("win32", "darwin") else name
+        if key in taken:
+            raise UserError(f"{path} and {taken[key]}: both would be saved as {name}.png; rename one")
+        names[name] = taken[key] = str(path)
     return list(names)
 
 
-def check_output(output: Path, inputs: Sequence[str], roots: Sequence[str]) -> None:
+def check_output(output: Path, inputs: Sequence[str], roots: Sequence[str], names: Sequence[str] = ()) -> None:
     """Results must stay clear of the input images, now and when the same command runs again.
 
+    Folders are compared as the system knows them: links, mounts and spelling do not hide that two are one.
+
+    Args:
+        output: the folder for the results.
+        inputs: the images, below the folders or files ``roots``.
+        names: of files that will be written below ``output``, as far as they are known.
+
     Raises:
-        UserError: ``output`` is no folder, holds one of the ``inputs`` or lies in one of the folders ``roots``.
+        UserError: ``output`` is no folder, holds one of the ``inputs`` or lies in one of the folders ``roots``, or one
+            of the ``names`` leads out of it.
     """
     remedy = "give another folder for the results"
     folder = output.resolve()
     for parent in [folder, *folder.parents]:
         if parent.exists() and not parent.is_dir():
             raise UserError(f"{output}: {parent} is a file; {remedy}")
-    for path in inputs:
-        if folder in Path(path).resolve().parents:
+    identities: dict[Path, tuple[int, int] | None] = {}
+
+    def identity(place: Path) -> tuple[int, int] | None:
+        if place not in identities:
+            try:
+                status = place.stat()
+                identities[place] = (status.st_dev, status.st_ino)
+            except OSError:  # not there yet, or an image of an LMDB folder
+                identities[place] = None
+        return identities[place]
+
+    here = identity(folder)
+    folder_of = {path: Path((split_path(path) or (os.path.dirname(path), ""))[0]).resolve() for path in inputs}
+    for path, its_folder in folder_of.items():
+        parents = (its_folder, *its_folder.parents)
+        if folder in parents or (here and here in map(identity, parents)):
             raise UserError(f"{output}: holds the input image {path}; {remedy}")
+    above = [place for place in map(identity, folder.parents) if place]
     for root in roots:
-        if Path(root).resolve() in folder.parents:
+        place = Path(root).resolve()
+        if place in folder.parents or identity(place) in above:
             raise UserError(f"{output}: lies among the input images in {root}; {remedy}")
+    holding = {identity(its_folder): path for path, its_folder in folder_of.items()}
+    for folder in dict.fromkeys(output_path(output, name).parent for name in names):
+        if (met := identity(folder)) and met in holding:
+            raise UserError(f"{folder}: holds the input image {holding[met]}; {remedy}")
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
@@ -115,6 +157,8 @@ def format_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], 
 def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write one line a row under the keys of all, atomically; what a row lacks, and NaN, is an empty field.
 
+    Text is written :func:`printable` and never as a formula (:func:`utils_name.cell`).
+
     Raises:
         UserError: the file cannot be written.
     """
@@ -122,7 +166,8 @@ def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
+        texts = {k: cell(printable(v)) for k, v in row.items() if isinstance(v, str)}
+        writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} | texts)
     write_atomically(text.getvalue(), path)
 
 
@@ -138,21 +183,39 @@ def baselines(labels: Sequence[str]) -> dict[str, str]:
     return {label: by_name[bare[label]] for label in labels if by_name.get(bare[label], label) != label}
 
 
+def _difference(a: float, b: float) -> float:
+    return a - b if math.isfinite(a) and math.isfinite(b) else math.nan
+
+
 @dataclass(frozen=True)
 class SetResults:
-    """The means over a test set: label -> metric name -> value."""
+    """The means over a test set: label -> metric name -> value; ``utils_metrics.mean_metrics`` says which."""
 
     name: str
     images: int
     names: list[str]  # of the metrics, in the tables' order
     means: dict[str, dict[str, float]]
+    infinite: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # label -> metric name -> images
 
     def deltas(self) -> dict[str, dict[str, float]]:
-        """Label with SSL -> metric name -> what SSL added to its baseline."""
+        """Label with SSL -> metric name -> what SSL added to its baseline; NaN where either is not finite."""
         return {
-            ours: {name: self.means[ours][name] - self.means[base][name] for name in self.names}
+            ours: {name: _difference(self.means[ours][name], self.means[base][name]) for name in self.names}
             for ours, base in baselines(list(self.means)).items()
         }
+
+    def notes(self) -> list[str]:
+        """What the means leave out, a sentence a model."""
+        sentences = []
+        for label, of_metrics in self.infinite.items():
+            titles: dict[int, list[str]] = {}
+            for name, images in of_metrics.items():
+                titles.setdefault(len(images), []).append(METRICS[name].title)
+            for count, of_count in titles.items():
+                left_out = "all of the set" if count == self.images else "left out of the mean"
+                what = f"{counted(count, 'image')} equal to the ground truth (infinite {', '.join(of_count)})"
+                sentences.append(f"{self.name}, {label}: {what}, {left_out}.")
+        return sentences
 
     def best(self, name: str) -> str:
         """The best mean of a metric as it is printed: every label that prints it is best."""
@@ -162,7 +225,7 @@ class SetResults:
 
     def as_json(self) -> dict[str, Any]:
         """For results.json."""
-        return {"images": self.images, "means": self.means, "deltas": self.deltas()}
+        return {"images": self.images, "means": self.means, "deltas": self.deltas(), "infinite": self.infinite}
 
     def as_text(self) -> str:
         """For the terminal, at most 80 columns wide; below a model with SSL what it added."""
@@ -330,16 +393,34 @@ class Report:
         self._in_page = _spread_over(counts, report_images)
         self._in_sheet = _spread_over(counts, _PICTURE_ROWS)
         self._values: dict[str, list[dict[str, float]]] = {}
+        self._infinite: dict[str, dict[str, list[str]]] = {}
+
+    def shows(self, set_name: str, index: int, with_truth: bool) -> bool:
+        """Whether anything comes of the estimates of an image: numbers, or a place among the pictures."""
+        in_sheet = with_truth and index in self._in_sheet[set_name]
+        return bool(self.measurer.names_for(with_truth)) or in_sheet or index in self._in_page[set_name]
 
     def add(
-        self, set_name: str, index: int, name: str, estimates: Mapping[str, Picture], H: Picture | None
+        self,
+        set_name: str,
+        index: int,
+        name: str,
+        estimates: Mapping[str, Picture],
+        H: Picture | None,
+        broken: Collection[str] = (),
     ) -> dict[str, dict[str, float]]:
         """One image, the ``index``-th of its set; sets come one after the other.
+
+        Args:
+            broken: labels whose estimate is no image (NaN): they are shown as they are and get no numbers.
 
         Returns:
             label -> metric name -> value.
         """
         measured = self.measurer.measure(estimates, H)
+        for label in broken:
+            measured.values[label] = dict.fromkeys(measured.values[label], math.nan)
+        name = printable(name)
         if any(measured.values.values()):
             self._rows += [{"set": set_name, "image": name, "model": k, **v} for k, v in measured.values.items()]
         pictures = dict(estimates) if H is None else {**estimates, "ground truth": H}
@@ -350,6 +431,8 @@ class Report:
             self._sheet[f"{set_name}/{name}"] = pictures, captions
         for label, values in measured.values.items():
             self._values.setdefault(label, []).append(values)
+            for metric in [metric for metric, value in values.items() if math.isinf(value)]:
+                self._infinite.setdefault(label, {}).setdefault(metric, []).append(name)
         if index == self.counts[set_name] - 1:
             self._end_set(set_name, H is not None)
         return measured.values
@@ -357,9 +440,9 @@ class Report:
     def _end_set(self, name: str, with_truth: bool) -> None:
         names, over_set = self.measurer.names_for(with_truth), self.measurer.of_set()
         means = {k: {**mean_metrics(v, names), **over_set.get(k, {})} for k, v in self._values.items()}
-        self._values = {}
         if names:
-            self._sets.append(SetResults(name, self.counts[name], names, means))
+            self._sets.append(SetResults(name, self.counts[name], names, means, self._infinite))
+        self._values, self._infinite = {}, {}
 
     def write(self, output: Path, facts: Mapping[str, str], content: Mapping[str, Any], n_channels: int) -> None:
         """Print the tables and write results.{csv,json,md}, report.html and side_by_side.png, as far as there is any.
@@ -378,14 +461,15 @@ class Report:
         for results in self._sets:
             heading = f"{results.name}, x{scale}, {counted(results.images, 'image')}"
             logger.info("\n%s\n\n%s", heading, results.as_text())
-        note = measurer.describe(n_channels)
+        note = " ".join([measurer.describe(n_channels), *(n for results in self._sets for n in results.notes())])
         versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "opencv", "numpy"))
         missing = {METRICS[name].title: why for name, why in measurer.missing.items()}
         left_out = [f"{title} was not computed: {why}." for title, why in missing.items()]
         if self._sets:
             logger.info("\n%s", "\n".join(textwrap.fill(line, 80) for line in (f"{note} {versions}.", *left_out)))
         logger.info("")
-        written = ["results.json"]
+        as_json, as_csv, as_markdown, as_page, as_picture = (output_path(output, name) for name in RESULTS)
+        written = [as_json]
         content = {
             "facts": facts,
             **content,
@@ -399,25 +483,25 @@ class Report:
             "sets": {results.name: results.as_json() for results in self._sets},
             "images": self._rows,
         }
-        save_json(content, output / "results.json")
+        save_json(content, as_json)
         if self._rows:
-            write_csv(self._rows, output / "results.csv")
-            written.append("results.csv")
+            write_csv(self._rows, as_csv)
+            written.append(as_csv)
         if self._sets:
             heading = f"Results, x{scale}"
-            write_markdown(self._sets, heading, [f"{note} {versions}.", *left_out], output / "results.md")
-            written.append("results.md")
+            write_markdown(self._sets, heading, [f"{note} {versions}.", *left_out], as_markdown)
+            written.append(as_markdown)
         if self._gallery:
             total = sum(self.counts.values())
-            write_html(output / "results.json", self._gallery, measurer.names, total, note, output / "report.html")
-            written.append("report.html")
+            write_html(as_json, self._gallery, measurer.names, total, note, as_page)
+            written.append(as_page)
         if self._sheet:
             pictures = {name: images for name, (images, _) in self._sheet.items()}
             captions = {name: words for name, (_, words) in self._sheet.items()}
-            side_by_side(pictures, output / "side_by_side.png", captions=captions)
-            written.append("side_by_side.png")
-        for name in written:
-            logger.info("%s", output / name)
+            side_by_side(pictures, as_picture, captions=captions)
+            written.append(as_picture)
+        for path in written:
+            logger.info("%s", path)
 
 
 def _spread_over(counts: Mapping[str, int], wanted: int) -> dict[str, set[int]]:

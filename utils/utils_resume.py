@@ -26,8 +26,20 @@ class Saved(Protocol):
 
 def saved_steps(folder: Path, network: str = "[GR]") -> list[int]:
     """Steps with a file ``{step}_{network}.pth`` in the folder, the newest first; [GR] = what a run trains."""
-    found = (re.fullmatch(rf"(\d+)_{network}\.pth", path.name) for path in folder.glob(f"*_{network}.pth"))
+    found = (re.fullmatch(rf"(0|[1-9]\d*)_{network}\.pth", path.name) for path in folder.glob(f"*_{network}.pth"))
     return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def newest_generator(folder: Path, networks: str = "EG") -> Path | None:
+    """The newest step's weights in a run's folder or its ``models``, of that step the first of ``networks`` there is.
+
+    Training writes an average E beside each G; one that is older than the newest G is of a run that went on without.
+    """
+    models = folder / "models" if (folder / "models").is_dir() else folder
+    steps = {network: saved_steps(models, network)[:1] for network in networks}
+    newest = max((of_network for of_network in steps.values()), default=[])
+    found = [models / f"{newest[0]}_{network}.pth" for network in networks if newest and steps[network] == newest]
+    return found[0] if found else None
 
 
 def _problem(paths: Iterable[Path]) -> str:
@@ -56,14 +68,32 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int | None) -> None:
         self.folder, self.keep = folder, keep
         self.state: dict[str, Any] = {}
+        self._named: set[tuple[int, str]] = set()
 
     def _state(self, step: int) -> dict[str, Any]:
         """{} where it is missing, as beside KAIR's own checkpoints."""
         with suppress(OSError, ValueError):
             state = json.loads((self.folder / f"{step}_state.json").read_text(encoding="utf-8"))
             if isinstance(state, dict):
-                return state
+                return self._sound(state, step)
         return {}
+
+    def _sound(self, state: dict[str, Any], step: int) -> dict[str, Any]:
+        """A state without what cannot be one's, which is named once: somebody has edited the file."""
+        if state.get("best_score", 0) is None and "best_step" in state:
+            state["best_score"] = math.inf  # JSON has no infinity
+        score, best_step, seed = (state.get(key) for key in ("best_score", "best_step", "seed"))
+        wrong = {} if seed is None or (type(seed) is int and 0 <= seed < 2**32) else {"seed": seed}
+        pair = {"best_score": score, "best_step": best_step}
+        if pair != {"best_score": None, "best_step": None} and not (
+            type(score) in (int, float) and score == score and type(best_step) is int and best_step >= 0
+        ):
+            wrong |= pair
+        for key, value in wrong.items():
+            if value is not None and (step, key) not in self._named:
+                self._named.add((step, key))
+                logger.warning("%d_state.json: %s cannot be %.50r: left out", step, key, value)
+        return {key: value for key, value in state.items() if key not in wrong}
 
     def _newest_state(self, upto: float = math.inf) -> dict[str, Any]:
         """The newest state up to a step: a run stopped before it wrote its last one still has those before."""
@@ -72,7 +102,8 @@ class Checkpoints:
 
     def seed(self) -> int | None:
         """The seed of the run so far."""
-        return self._newest_state().get("seed")
+        states = map(self._state, saved_steps(self.folder))
+        return next((state["seed"] for state in states if state.get("seed") is not None), None)
 
     def resume(self, model: Saved) -> int:
         """Load the newest checkpoint of which every file is there and readable; -> its step, 0 where there is none.
@@ -104,14 +135,16 @@ class Checkpoints:
         """
         model.save(self.folder, step)
         best = self.state.get("best_score")
-        if score is not None and (best is None or score >= best):
+        if score is not None and not math.isnan(score) and (best is None or score >= best):
             self.state.update(best_score=score, best_step=step)
         self.state.update(step=step, seed=seed)
         save_json(self.state, self.folder / f"{step}_state.json")
         logger.info("saved step %d in %s", step, self.folder)
         # A later step is what an interruption left; were it counted, it would push out what was just saved.
-        so_far = [n for n in saved_steps(self.folder) if n <= step]
-        for old in so_far[self.keep :] if self.keep else []:
-            if old != self.state.get("best_step"):
-                for path in [*model.files(self.folder, old).values(), self.folder / f"{old}_state.json"]:
+        if self.keep:
+            kept = [*[n for n in saved_steps(self.folder) if n <= step][: self.keep], self.state.get("best_step")]
+            for path in self.folder.iterdir():
+                # Of any kind of run: an average that is no longer made, say, would never be listed by this model.
+                of_step = re.fullmatch(r"(\d+)_(([GERD]|D_grad|optimizer\w+)\.pth|state\.json)", path.name)
+                if of_step and int(of_step[1]) <= step and int(of_step[1]) not in kept:
                     path.unlink(missing_ok=True)

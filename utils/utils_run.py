@@ -61,13 +61,15 @@ def _git_commit() -> str:
 def write_atomically(text: str, path: Path) -> None:
     """Write a UTF-8 text file; at every moment the old file or the new one is there, whole.
 
+    What UTF-8 lacks, as in file names of other encodings, is written as ``\\udce9``.
+
     Raises:
         UserError: the file cannot be written.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         try:
-            part.write_text(text, encoding="utf-8", newline="")
+            part.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)

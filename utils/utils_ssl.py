@@ -29,6 +29,7 @@ Four forms (``ssl_mode``) compute it:
 
 import functools
 import logging
+import numbers
 
 import torch
 import torch.nn.functional as F
@@ -55,26 +56,35 @@ def edge_mask(img: Tensor, threshold: float = 20.0) -> Tensor:
 
     Returns:
         (N, 1, H, W) float32 of {0, 1} on the device of ``img``.
+
+    Raises:
+        ValueError: another shape, integers (0 to 255, presumably) instead of values in [0, 1], a threshold that is NaN.
     """
     if img.dim() != 4 or img.shape[1] not in (1, 3) or min(img.shape[2:]) < 2:
         raise ValueError(f"edge_mask takes (N, 3, H, W) or (N, 1, H, W) with H, W >= 2, not {tuple(img.shape)}")
+    if not img.is_floating_point():
+        raise ValueError(f"edge_mask takes floating point in [0, 1], not {img.dtype}")
+    if threshold != threshold:
+        raise ValueError(f"threshold must be a number, not {threshold!r}")
     pixels = (img.detach().float() * 255).round().clamp(0, 255)
     if img.shape[1] == 3:
         # Every product and sum stays below 2^24, where float32 counts exactly; so does the division by 2^16.
         red, green, blue = pixels.to(torch.int32).unbind(1)
-        grey = ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).float()
+        grey = ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).float()[:, None]
     else:
-        grey = pixels[:, 0]
+        grey = pixels
     p = F.pad(grey, (1, 1, 1, 1), mode="reflect")
-    laplacian = p[:, :-2, 1:-1] + p[:, 2:, 1:-1] + p[:, 1:-1, :-2] + p[:, 1:-1, 2:] - 4 * grey
-    return (laplacian.clamp(0, 255) > threshold).float()[:, None]
+    laplacian = p[..., :-2, 1:-1] + p[..., 2:, 1:-1] + p[..., 1:-1, :-2] + p[..., 1:-1, 2:] - 4 * grey
+    return (laplacian.clamp(0, 255) > threshold).float()
 
 
 def mask_stride_pattern(height: int, width: int, stride: int) -> Tensor:
     """The tiled identity that thins a mask: 1 where y mod stride = x mod stride, so one pixel in ``stride`` stays.
 
-    Returns (1, 1, height, width) float32 of {0, 1}, anchored at the top-left corner. A stride of 0 or 1 keeps all.
+    Returns (1, 1, height, width) float32 of {0, 1}, anchored at the top-left corner. A stride of 0 or 1 keeps all; one
+    that is negative or no whole number is a ValueError.
     """
+    _check_stride(stride)
     stride = max(1, stride)
     y, x = torch.arange(height), torch.arange(width)
     return (y[:, None] % stride == x % stride).float()[None, None]
@@ -325,17 +335,35 @@ def _meet_the_compiler() -> None:
     _DISTANCES["boxsum"] = torch.compiler.disable(_distances_boxsum)
 
 
-def _check(img: Tensor, mask: Tensor, k: int, w: int, search_border: str) -> None:
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
+
+def _check_stride(stride: int) -> None:
+    if not isinstance(stride, numbers.Integral) or stride < 0:
+        raise ValueError(f"mask_stride must be a whole number, 0 or more, not {stride!r}")
+
+
+def _check_weight(name: str, weight: float) -> None:
+    if not isinstance(weight, numbers.Real) or not 0 <= weight <= _LARGEST:  # false for NaN
+        raise ValueError(f"{name} must be 0 or a positive number, finite in float32, not {weight!r}")
+
+
+def _check_settings(k: int, w: int, sigma: float, search_border: str) -> None:
+    if not all(isinstance(size, numbers.Integral) and size >= 1 and size % 2 for size in (k, w)) or w > k:
+        raise ValueError(f"search area {k} and window {w} must be odd, the window not larger than the search area")
+    if not isinstance(sigma, numbers.Real) or not _SMALLEST <= sigma <= _LARGEST:
+        raise ValueError(f"sigma must be a positive number, finite in float32, not {sigma!r}")
+    if search_border not in ("zero", "image"):
+        raise ValueError(f"search_border is 'zero' or 'image', not {search_border!r}")
+
+
+def _check_images(img: Tensor, mask: Tensor, k: int, w: int, search_border: str) -> None:
     if img.dim() != 4 or not img.is_floating_point():
         raise ValueError(f"images must be (N, C, H, W) floating point, not {tuple(img.shape)} {img.dtype}")
     if tuple(mask.shape) != (len(img), 1, *img.shape[2:]):
         raise ValueError(f"mask {tuple(mask.shape)} does not fit images {tuple(img.shape)}: it must be (N, 1, H, W)")
     if mask.device != img.device:
         raise ValueError(f"mask is on {mask.device}, images are on {img.device}")
-    if k < 1 or w < 1 or k % 2 == 0 or w % 2 == 0 or w > k:
-        raise ValueError(f"search area {k} and window {w} must be odd, the window not larger than the search area")
-    if search_border not in ("zero", "image"):
-        raise ValueError(f"search_border is 'zero' or 'image', not {search_border!r}")
     margin = k // 2 if search_border == "zero" else k // 2 + w // 2
     if len(img) and min(img.shape[2:]) <= margin:
         raise ValueError(
@@ -352,15 +380,16 @@ def _masked_pixels(mask: Tensor) -> tuple[Tensor, ...]:
     return pixels
 
 
-def _computable(img: Tensor) -> Tensor:
-    """float64 stays, everything else becomes float32."""
-    return img if img.dtype == torch.float64 else img.float()
+def _computable(*images: Tensor) -> list[Tensor]:
+    """float64 stays, everything else becomes float32; beside float64 it becomes that."""
+    dtype = torch.float64 if any(img.dtype == torch.float64 for img in images) else torch.float32
+    return [img.to(dtype) for img in images]
 
 
 def _graph(
     img: Tensor, pixels: tuple[Tensor, ...], k: int, w: int, zero: bool, sigma: float, generalization: bool, mode: str
 ) -> Tensor:
-    similarity = torch.exp(_DISTANCES[mode](_computable(img), pixels, k, w, zero).flatten(1) / -sigma)
+    similarity = torch.exp(_DISTANCES[mode](img, pixels, k, w, zero).flatten(1) / -sigma)
     return similarity / (similarity.sum(1, keepdim=True) + _EPS) if generalization else similarity
 
 
@@ -392,21 +421,39 @@ def self_similarity_graph(
         offsets in raster order, the pixel itself in the middle.
 
     Raises:
-        ValueError: shapes, devices, sizes or the mode do not fit.
+        ValueError: shapes, devices, sizes or the mode do not fit, or sigma is not positive and finite.
     """
     k, w = kernel_size_search, kernel_size_window
-    _check(img, mask, k, w, search_border)
+    _check_settings(k, w, sigma, search_border)
+    _check_images(img, mask, k, w, search_border)
     mode = _choose(ssl_mode, img.device.type)
     pixels = _masked_pixels(mask)
     with torch.autocast(img.device.type, enabled=False):
+        (img,) = _computable(img)
         return _graph(img, pixels, k, w, search_border == "zero", sigma, generalization, mode)
+
+
+def graph_difference(graph: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """``|S_SR - S_GT|`` and ``KL(S_GT || S_SR)`` at each masked pixel: means over the graph's entries, without weights.
+
+    Args:
+        graph, target: (M, k^2), of the output and of the ground truth (:func:`self_similarity_graph`).
+
+    Returns:
+        (M,), (M,); differentiable.
+    """
+    l1 = (graph - target).abs().mean(1)
+    # Written out because the mean of PyTorch's kl_div is about to change its meaning.
+    target, graph = target.clamp(min=_EPS), graph.clamp(min=_EPS)
+    return l1, (target * (target.log() - graph.log())).mean(1)
 
 
 class SelfSimilarityLoss(nn.Module):
     """``l1_weight * mean |S_SR - S_GT| + kl_weight * KL(S_GT || S_SR)`` at the edge pixels of the ground truth.
 
     Args:
-        l1_weight, kl_weight: weights; both terms are means over M k^2 entries (1000 = 1.6 per pixel at k = 25).
+        l1_weight, kl_weight: weights, 0 or more; both terms are means over M k^2 entries (1000 = 1.6 per pixel at
+            k = 25).
         kernel_size_search, kernel_size_window, sigma, generalization, ssl_mode, search_border: see
             :func:`self_similarity_graph`.
         mask_stride: thin the mask to one pixel in this many (:func:`mask_stride_pattern`); 0 or 1 keeps all.
@@ -414,6 +461,10 @@ class SelfSimilarityLoss(nn.Module):
 
     The mean runs over all masked pixels of the batch, so an image with more edges weighs more. A batch without masked
     pixels gives a zero loss and a zero gradient. Computed in float32 also inside autocast (float64 stays float64).
+    Images and masks may have any layout in memory: channels_last, permuted, sliced, expanded.
+
+    Raises:
+        ValueError: a setting is not what is said here, or the mode cannot be had; it names the value.
     """
 
     def __init__(
@@ -440,10 +491,17 @@ class SelfSimilarityLoss(nn.Module):
         self.threshold = threshold
         self.ssl_mode = ssl_mode
         self.search_border = search_border
+        self._check_settings()
         if ssl_mode != "auto":
             # A mode that cannot be had fails now, not at the first batch.
             _choose(ssl_mode, "cuda" if ssl_mode == "cuda" else "cpu")
         _meet_the_compiler()
+
+    def _check_settings(self) -> None:
+        _check_settings(self.kernel_size_search, self.kernel_size_window, self.sigma, self.search_border)
+        _check_weight("l1_weight", self.l1_weight)
+        _check_weight("kl_weight", self.kl_weight)
+        _check_stride(self.mask_stride)
 
     def prepare(self, device: torch.device) -> str:
         """Build and load now what the first batch would need, and say which form it is."""
@@ -451,28 +509,31 @@ class SelfSimilarityLoss(nn.Module):
 
     def parts(self, sr: Tensor, hr: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, and for logs its weighted L1 and KL parts without gradient; arguments as in :meth:`forward`."""
-        if sr.shape != hr.shape:
-            raise ValueError(f"sr {tuple(sr.shape)} and hr {tuple(hr.shape)} must have one shape")
+        self._check_settings()  # again: they may have been changed since
+        if sr.shape != hr.shape or not hr.is_floating_point():
+            raise ValueError(
+                f"sr {tuple(sr.shape)} and hr {tuple(hr.shape)} {hr.dtype} must have one shape, in floating point"
+            )
+        if sr.device != hr.device:
+            raise ValueError(f"sr is on {sr.device}, hr is on {hr.device}")
         hr = hr.detach()
         mask = edge_mask(hr, self.threshold) if mask is None else mask
         if self.mask_stride > 1:
             mask = mask * mask_stride_pattern(mask.shape[2], mask.shape[3], self.mask_stride).to(mask)
         k, w, zero = self.kernel_size_search, self.kernel_size_window, self.search_border == "zero"
-        _check(sr, mask, k, w, self.search_border)
+        _check_images(sr, mask, k, w, self.search_border)
         mode = _choose(self.ssl_mode, sr.device.type)
         with torch.autocast(sr.device.type, enabled=False):
+            sr, hr = _computable(sr, hr)
             if mode in ("cpp", "cuda"):
-                return self._fused(_computable(sr), _computable(hr), mask)
+                return self._fused(sr, hr, mask)
             pixels = _masked_pixels(mask)
             settings = (k, w, zero, self.sigma, self.generalization, mode)
             with torch.no_grad():
                 target = _graph(hr, pixels, *settings)
-            graph = _graph(sr, pixels, *settings)
-            entries = max(1, graph.numel())
-            l1 = self.l1_weight * (graph - target).abs().sum() / entries
-            # KL(GT || SR); written out because the mean of PyTorch's kl_div is about to change its meaning.
-            target, graph = target.clamp(min=_EPS), graph.clamp(min=_EPS)
-            kl = self.kl_weight * (target * (target.log() - graph.log())).sum() / entries
+            l1, kl = graph_difference(_graph(sr, pixels, *settings), target)
+            masked = max(1, len(target))
+            l1, kl = self.l1_weight * l1.sum() / masked, self.kl_weight * kl.sum() / masked
         return l1 + kl, l1.detach(), kl.detach()
 
     def _fused(self, sr: Tensor, hr: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,8 @@
 """Run a generator over an image of any size, whole or in overlapping tiles."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -39,6 +41,35 @@ def check_tile(tile: int, tile_overlap: int, size_multiple: int = 1) -> None:
             f"tile {tile} is too small for tile_overlap {tile_overlap}: give a tile of at least "
             f"{tile_overlap + size_multiple}, or a smaller overlap"
         )
+
+
+def tile_remedy(tile: int, setting: str) -> str:
+    """What helps a network that finds too little memory.
+
+    Args:
+        tile: of now; 0 = whole images.
+        setting: how it is set: ``--tile ``, ``test.tile=``.
+    """
+    if not tile:
+        return f"the memory is too small for whole images; restore them in tiles, {setting}256"
+    return f"the memory is too small for tiles of {tile}; give smaller ones, {setting}{max(tile // 2, 1)}"
+
+
+@contextmanager
+def enough_memory(otherwise: str) -> Iterator[None]:
+    """Work that needs memory: what NumPy, PyTorch and OpenCV raise where there is none becomes one line.
+
+    Raises:
+        UserError: with the text ``otherwise``.
+    """
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # OpenCV has a class of its own, PyTorch on the CPU none but RuntimeError
+        if isinstance(error, MemoryError) or re.search("allocate|out of memory", str(error), re.IGNORECASE):
+            raise UserError(otherwise) from error
+        raise
 
 
 def _spans(size: int, tile: int, overlap: int, multiple: int) -> list[_Span]:

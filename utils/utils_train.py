@@ -7,10 +7,11 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from utils.utils_degrade import Degrader
 from utils.utils_error import ArgumentParser, UserError
 from utils.utils_loader import EndlessBatchSampler, batches, training_loader
 from utils.utils_logger import Progress, close_file, setup
+from utils.utils_name import output_path, safe_name
 from utils.utils_option import DatasetOptions, Options, is_read, parse, patch_size
 from utils.utils_resume import Checkpoints, saved_steps
 from utils.utils_run import run_facts, save_json
@@ -69,22 +71,21 @@ def train(
     """
     device = utils_dist.init(opt.gpu_ids)
     setup(quiet=utils_dist.rank() > 0)
-    run = None
     try:
         with _StopSignals() as stop:
             run = _prepare(opt, define_Model, define_Dataset, check_dataset, device)
             if run is not None:
                 _loop(run, stop)
-        utils_dist.any_of(False, device)  # leave together: none tears the group down while another still works
-    finally:
+        stopped_by = utils_dist.highest(stop.received, device)  # and none leaves while another still works
         # The distributed wrappers go before the group: their C++ side holds it, and as the last holder waits for its
         # threads with Python's lock in hand, for which these wait (seen to hang with PyTorch 2.6).
         run = None
         gc.collect()
-        utils_dist.close()
+        utils_dist.close()  # only here: a process that fails tells the others first, :func:`utils_dist.run`
+    finally:
         close_file()
-    if stop.received:
-        sys.exit(128 + stop.received)
+    if stopped_by:
+        sys.exit(128 + stopped_by)
 
 
 @dataclass
@@ -117,6 +118,9 @@ def _prepare(opt: Options, define_Model, define_Dataset, check_dataset, device: 
         raise UserError(next(iter(gone.values())))
     if opt.unused:
         logger.info("accepted, but without meaning here: %s", ", ".join(opt.unused))
+    if rank == 0:
+        _check_run_folder(opt.task_dir)
+    _check_memory(data, world_size)
     seed = opt.train.manual_seed
     if seed is None:
         before = checkpoints.seed()
@@ -132,12 +136,16 @@ def _prepare(opt: Options, define_Model, define_Dataset, check_dataset, device: 
         if not step:
             raise UserError(problem)
         logger.info("path.%s: %s is gone, and not needed: step %d of the run has all weights", key, opt.path[key], step)
+    counts = {f"the number of items in {name}": len(d) for name, d in {"train": train_set, **test_sets}.items()}
+    _check_agreement({"the step of the newest checkpoint": step, **counts}, device)
     if opt.train.iterations is not None and step >= opt.train.iterations:
         logger.info("%s has reached step %d already; to go on raise train.iterations, or change task", opt.task, step)
         return None
     if rank == 0:
         for d in opt.datasets.values():
             check_dataset(d)
+    utils_dist.highest(0, device)  # all have come through
+    if rank == 0:
         _make_run_folder(opt, seed)
 
     images, batch = len(train_set), data.dataloader_batch_size
@@ -162,7 +170,7 @@ def _loop(run: _Run, stop: "_StopSignals") -> None:
         closing(batches(run.loader)) as loaded,
     ):
         step = _steps(run, loaded, stop, progress)
-    if stop.received:
+    if run.opt.train.iterations is None or step < run.opt.train.iterations:
         logger.info("stopped by a signal at step %d; the same command goes on from there", step)
     else:
         logger.info("done at step %d", step)
@@ -181,7 +189,7 @@ def _steps(run: _Run, loaded: Iterable[dict[str, Any]], stop: "_StopSignals", pr
         model.optimize_parameters(step)
         progress.step_done(model.current_log())
 
-        stopping = utils_dist.any_of(bool(stop.received), device)
+        stopping = bool(utils_dist.highest(stop.received, device))
         finished = step == train.iterations
         if finished or step % train.checkpoint_print == 0 or step == run.step + 1:
             means = utils_dist.total(progress.means(), device)
@@ -192,7 +200,8 @@ def _steps(run: _Run, loaded: Iterable[dict[str, Any]], stop: "_StopSignals", pr
             score = _validate(run, step, progress)
         if finished or stopping or step % train.checkpoint_save == 0:
             if utils_dist.rank() == 0:
-                run.checkpoints.save(model, step, run.seed, score)
+                with utils_dist.undisturbed():
+                    run.checkpoints.save(model, step, run.seed, score)
             progress.pause_over()
         if finished or stopping:
             break
@@ -209,7 +218,7 @@ def _validate(run: _Run, step: int, progress: Progress) -> float | None:
             logger.info("step %d %s: %.2f %% of the pairs in order", step, name, 100 * in_order)
             scores.append(in_order)
             continue
-        grid = run.opt.task_dir / "images" / f"{name}_{step:08d}.png"
+        grid = output_path(run.opt.task_dir / "images", f"{safe_name(name)}_{step:08d}.png")
         result = validate(run.model, test_set, run.opt.scale, grid, run.opt.test.images, run.device)
         progress.scalars(f"val/{name}", result)
         if result:
@@ -225,7 +234,7 @@ def _check_paths(opt: Options) -> dict[str, str]:
     Returns:
         Of the missing files that only start a run: option of ``path`` -> what to say where there is nothing to resume.
     """
-    images = "(png, jpg, bmp, tif or webp; subfolders are read)"
+    images = "(png, jpg, bmp, tif, webp and others; subfolders are read)"
     what = {
         "dataroot_H": f"your ground-truth images {images}",
         "dataroot_L": f"your low-quality images {images}",
@@ -259,12 +268,55 @@ def _check_paths(opt: Options) -> dict[str, str]:
     return gone
 
 
-def _make_run_folder(opt: Options, seed: int) -> None:
-    """root/task/{models,images,options}, the resolved options and what they were run with."""
+_FOLDERS = ("models", "images", "options", "tensorboard")
+_LOG = "train.log"
+
+
+def _check_run_folder(task_dir: Path) -> None:
+    """What stands in the way of the run's files stops it before anything is built."""
+    there = next(path for path in (task_dir, *task_dir.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"path.root: {task_dir} cannot be written (because of {there}); set path.root=FOLDER")
+    for name in (*_FOLDERS, _LOG):
+        path = task_dir / name
+        is_right = path.is_file() if name == _LOG else path.is_dir()
+        if os.path.lexists(path) and not (is_right and os.access(path, os.W_OK)):
+            kind = "file" if name == _LOG else "folder"
+            raise UserError(f"{path} is not a {kind} that can be written; move it away, or choose another task")
+
+
+def _check_memory(data: DatasetOptions, world_size: int) -> None:
+    """Refuse a batch that the whole machine cannot hold: where memory runs out, systems kill without a word."""
+    patches = data.dataloader_batch_size // world_size
+    needed = 4 * data.n_channels * patch_size(data) ** 2 * patches  # bytes of H alone, float32
     try:
-        for name in ("models", "images", "options"):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows cannot say it
+        return
+    if needed > memory:
+        raise UserError(
+            f"datasets.train.dataloader_batch_size, H_size: {patches} patches of {patch_size(data)} px need "
+            f"{needed / 2**30:,.0f} GiB, this machine has {memory / 2**30:,.0f}"
+        )
+
+
+def _check_agreement(facts: Mapping[str, int], device: torch.device) -> None:
+    """What every process read for itself must be the same: with other weights or images they would train nonsense."""
+    for what, value in facts.items():
+        highest, lowest = utils_dist.highest(value, device), -utils_dist.highest(-value, device)
+        if highest != lowest:
+            raise UserError(
+                f"{what} is {lowest} for one process and {highest} for another; all of them need the same files, so "
+                f"keep path.root and the images on storage that all machines share"
+            )
+
+
+def _make_run_folder(opt: Options, seed: int) -> None:
+    """root/task/{models,images,options,tensorboard}, the resolved options and what they were run with."""
+    try:
+        for name in _FOLDERS:
             (opt.task_dir / name).mkdir(parents=True, exist_ok=True)
-        setup(opt.task_dir / "train.log")
+        setup(opt.task_dir / _LOG)
     except OSError as error:
         raise UserError(
             f"path.root: {opt.task_dir} cannot be written ({error.strerror}); set path.root=FOLDER"

@@ -1,6 +1,7 @@
 """Validation while training: PSNR and SSIM over a set, and a grid of images to look at; of a ranker, pairs in order."""
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.utils.data import Dataset
 from utils import utils_dist
 from utils.utils_image import calculate_psnr, calculate_ssim, imsave, tensor2uint
 from utils.utils_loader import one_by_one
+from utils.utils_tile import enough_memory, tile_remedy
 
 logger = logging.getLogger(__name__)
 
@@ -20,30 +22,46 @@ def validate(
 ) -> dict[str, float]:
     """Mean PSNR (dB) and SSIM of a model over a set: RGB, 8 bit, border = scale; the processes share the images.
 
+    Images that equal H, of infinite PSNR, are left out of its mean and counted in the log, unless all are such; an
+    estimate that is not finite makes both means NaN.
+
     Args:
         model: a ``models.model_base.ModelSR``.
         test_set: items with L and H; items without H, or too small for SSIM, are restored for the grid only.
         grid: PNG to write, one row an image: L (pixels repeated), E and H where there is one.
         images: rows of the grid.
+
+    Raises:
+        UserError: the memory is too small.
     """
-    sums = {"psnr": 0.0, "ssim": 0.0, "count": 0.0}
+    sums = {"psnr": 0.0, "finite": 0.0, "ssim": 0.0, "count": 0.0}
     rows: list[np.ndarray] = []
     smallest = 2 * scale + 11  # the border on both sides and SSIM's window
     for batch in one_by_one(test_set, utils_dist.rank(), utils_dist.world_size()):
         model.feed_data(batch, need_H="H" in batch)
-        model.test()
-        shown = {name: tensor2uint(image) for name, image in model.current_visuals().items()}
+        with enough_memory(f"validation: {tile_remedy(model.opt.test.tile, 'test.tile=')}"):
+            model.test()
+        visuals = model.current_visuals()
+        shown = {name: tensor2uint(image.nan_to_num()) for name, image in visuals.items()}
         if "H" in shown and min(shown["H"].shape[:2]) >= smallest:
-            sums["psnr"] += calculate_psnr(shown["E"], shown["H"], border=scale)
-            sums["ssim"] += calculate_ssim(shown["E"], shown["H"], border=scale)
+            sound = 1.0 if visuals["E"].isfinite().all() else math.nan
+            psnr = calculate_psnr(shown["E"], shown["H"], border=scale)
+            if math.isfinite(psnr):
+                sums["psnr"] += sound * psnr
+                sums["finite"] += 1
+            sums["ssim"] += sound * calculate_ssim(shown["E"], shown["H"], border=scale)
             sums["count"] += 1
         if utils_dist.rank() == 0 and len(rows) < images:
             rows.append(_row(shown))
     sums = utils_dist.total(sums, device)
     if rows:
         imsave(_stack(rows), str(grid))
-    count = sums.pop("count")
-    return {name: value / count for name, value in sums.items()} if count else {}
+    count, finite = sums["count"], sums["finite"]
+    if not count:
+        return {}
+    if equal := round(count - finite):
+        logger.info("%d of %d images equal the ground truth (infinite PSNR): not in the mean", equal, count)
+    return {"psnr": sums["psnr"] / finite if finite else math.inf, "ssim": sums["ssim"] / count}
 
 
 def validate_ranker(model: Any, test_set: Dataset, device: torch.device) -> float:
