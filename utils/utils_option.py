@@ -67,7 +67,7 @@ _QUOTES = "'`\u2018\u2019\u201a\u201c\u201d\u201e\u00ab\u00bb"
 def _remedy(text: str, error: json.JSONDecodeError) -> str:
     """What to do about a slip of JSON, by what stands where it was found."""
     before, after = text[: error.pos].rstrip(), text[error.pos :].lstrip(" \t\r\n")
-    line = text.splitlines()[error.lineno - 1] if before or after else ""
+    line = text.split("\n")[error.lineno - 1]
     word = re.match(r"[-+]?(\w+)", after)
     if re.search(r"(?<!\\)(\\\\)*\\([^\\/\"]|\"\s*([,}\]]|//|$))", line):
         return r"a backslash begins an escape: write \\ or / in paths"

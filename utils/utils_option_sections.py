@@ -151,9 +151,7 @@ class DatasetOptions(Section):
     )
     dataloader_shuffle: bool = Field(True, description="random order; false = the order of the names")
     dataloader_num_workers: Count = Field(2, description="reading processes on each GPU; 0 = read in the main process")
-    dataloader_batch_size: Annotated[int, BeforeValidator(integral), Field(ge=1, le=65536)] = Field(
-        4, description="patches per step over all GPUs together"
-    )
+    dataloader_batch_size: Positive = Field(4, description="patches per step over all GPUs together")
     phase: Literal["train", "test"] = Field("train", description="filled in")
     scale: Positive = Field(4, description="filled in")
     n_channels: Positive = Field(3, description="filled in")
