@@ -619,7 +619,7 @@ HUGE = [
     *("train.ssl_l1_weight=1e308", "train.F_weights=[1e308]", "train.G_optimizer_lr=1e300", "train.iterations=1e300"),
     *("train.manual_seed=1e12", "train.kernel_size_search=1000000001", "train.mask_threshold=1e999"),
     *("train.checkpoint_save=1e18", "train.sigma=1e-320", "train.G_optimizer_wd=1e300", "train.dm_weight=1e30"),
-    *("datasets.train.dataloader_batch_size=1e9", "datasets.train.H_size=1e9", "datasets.train.pair_pool=1e9"),
+    *("datasets.train.dataloader_batch_size=1e18", "datasets.train.H_size=1e9", "datasets.train.pair_pool=1e9"),
     *("netG.nf=1e9", "netG.nc=1e9", "netD.base_nc=1e9", "scale=1e9", "gpu_ids=[1e30]", "test.tile=1e300"),
     *("task=" + 90 * "\u6f22", "path.root=" + 300 * "x", "path.pretrained_netG=" + 3000 * "x/"),
     *('netG={"net_type": "swinir", "window_size": 1000000000}', 'netG={"net_type": "elan", "n_share": 1000000000}'),

@@ -58,7 +58,7 @@ Blocks = Annotated[int, BeforeValidator(_integral), Field(ge=1, le=1024)]
 Window = Annotated[int, BeforeValidator(_integral), Field(ge=1, le=64)]
 Seed = Annotated[int, BeforeValidator(_integral), Field(ge=0, lt=2**32)]
 Weight = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
-Rate = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False), AfterValidator(_not_tiny)]
+Rate = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False), AfterValidator(_not_tiny)]
 PathText = Annotated[str, AfterValidator(_plain_path)]
 Paths = Annotated[str | list[str], AfterValidator(_plain_path)]
 ActMode = Literal["R", "L", "BR", "BL", "IR", "IL"]
@@ -514,9 +514,7 @@ class DatasetOptions(Section):
     )
     dataloader_shuffle: bool = Field(True, description="random order; false = the order of the names")
     dataloader_num_workers: Count = Field(2, description="reading processes on each GPU; 0 = read in the main process")
-    dataloader_batch_size: Annotated[int, BeforeValidator(_integral), Field(ge=1, le=65536)] = Field(
-        4, description="patches per step over all GPUs together"
-    )
+    dataloader_batch_size: Positive = Field(4, description="patches per step over all GPUs together")
     phase: Literal["train", "test"] = Field("train", description="filled in")
     scale: Positive = Field(4, description="filled in")
     n_channels: Positive = Field(3, description="filled in")
