@@ -316,7 +316,9 @@ class SpandrelOptions(_IsGenerator):
         description="any architecture that spandrel knows, as path.pretrained_netG holds it; scale and n_channels may "
         "be left out: they are the checkpoint's",
     )
-    path: str | None = Field(None, exclude=True, description="filled in: the checkpoint that the network is built from")
+    path: PathText | None = Field(
+        None, exclude=True, description="filled in: the checkpoint that the network is built from"
+    )
 
 
 NetG = Annotated[
