@@ -21,6 +21,7 @@ from utils import utils_dist
 from utils.utils_checkpoint import load_checkpoint_file, load_network, save_atomically, save_network, unwrap
 from utils.utils_error import UserError
 from utils.utils_option import Options
+from utils.utils_option_sections import Side
 from utils.utils_ssl import SelfSimilarityLoss
 from utils.utils_tile import restore
 
@@ -35,9 +36,10 @@ def image_of(output: Tensor | SPSROutput) -> Tensor:
     return output.E if isinstance(output, SPSROutput) else output
 
 
-def _side(name: str) -> str:
+def _side(name: str) -> Side:
     """Whose training options a network has: D's each discriminator, D_grad too, G's the generator and its average."""
-    return "G" if name == "E" else name[0]
+    sides: dict[str, Side] = {"G": "G", "E": "G", "D": "D", "R": "R"}
+    return sides[name[0]]
 
 
 def _check_moments(optimizer: torch.optim.Optimizer) -> None:
@@ -91,15 +93,10 @@ class ModelBase:
         return network
 
     def _optimizer(self, name: str, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        train, side = self.opt.train, _side(name)
-        kind = torch.optim.AdamW if train[f"{side}_optimizer_type"] == "adamw" else torch.optim.Adam
-        first, second = train[f"{side}_optimizer_betas"]
-        return kind(
-            [p for p in parameters if p.requires_grad],
-            lr=train[f"{side}_optimizer_lr"],
-            betas=(first, second),
-            weight_decay=train[f"{side}_optimizer_wd"],
-        )
+        settings = self.opt.train.optimizer(_side(name))
+        kind = torch.optim.AdamW if settings.type == "adamw" else torch.optim.Adam
+        trained = [p for p in parameters if p.requires_grad]
+        return kind(trained, lr=settings.lr, betas=settings.betas, weight_decay=settings.wd)
 
     # --------------------------------------------------------------------------------------------------- checkpoints
 
@@ -195,7 +192,7 @@ class ModelBase:
         norms = {}
         for name in trained:
             self.scaler.unscale_(self.optimizers[name])
-            clip = self.opt.train[f"{_side(name)}_optimizer_clipgrad"] or math.inf
+            clip = self.opt.train.optimizer(_side(name)).clipgrad or math.inf
             norms[f"{name}_grad"] = torch.nn.utils.clip_grad_norm_(self.networks[name].parameters(), clip)
         named = terms | self.shown | norms
         self.shown = {}
@@ -219,19 +216,7 @@ class ModelBase:
         """Set the learning rates of this step, in closed form."""
         for name, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
-                group["lr"] = self._learning_rate(_side(name), current_step)
-
-    def _learning_rate(self, side: str, step: int) -> float:
-        """Halved (gamma) from each milestone on, as KAIR does; G's may warm up first and follow a cosine instead."""
-        train = self.opt.train
-        rate: float = train[f"{side}_optimizer_lr"]
-        if side == "G" and step < train.G_scheduler_warmup:
-            return rate * step / train.G_scheduler_warmup
-        if side == "G" and train.G_scheduler_type == "CosineAnnealingLR":
-            assert train.iterations is not None  # the options have been checked
-            passed = (step - train.G_scheduler_warmup) / (train.iterations - train.G_scheduler_warmup)
-            return train.G_scheduler_eta_min + (rate - train.G_scheduler_eta_min) * (1 + math.cos(math.pi * passed)) / 2
-        return rate * train[f"{side}_scheduler_gamma"] ** sum(step >= m for m in train[f"{side}_scheduler_milestones"])
+                group["lr"] = self.opt.train.optimizer(_side(name)).lr_at(current_step)
 
     def current_learning_rate(self) -> float:
         """The learning rate of the first network, netG in all models that have one."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from models.network_resshift import UNetModelSwin
 from models.network_rrdb import RRDB
 from models.network_rrdbnet import RRDBNet, RRDBNetBasicSR
 from models.network_sd_lora import SDLoRA
-from models.network_spandrel import load_spandrel
+from models.network_spandrel import SpandrelNetwork, load_spandrel
 from models.network_spsr import SPSRNet
 from models.network_srvgg import SRVGGNetCompact
 from models.network_stablesr import StableSR
@@ -31,7 +31,8 @@ from models.network_swinir import SwinIR
 from models.network_unet2d import UNet2D
 from models.stable_diffusion import load_stable_diffusion
 from utils.utils_error import UserError
-from utils.utils_option import Options, network_options, patch_size
+from utils.utils_option import NetworkOptions, Options, network_options, patch_size
+from utils.utils_option_networks import ImageNetworkOptions, NetD, NetG
 
 
 @contextmanager
@@ -49,7 +50,14 @@ def _one_line(side: str, net_type: str) -> Iterator[None]:
         ) from error
 
 
-def define_G(opt: Any) -> nn.Module:
+class _Images(TypedDict):
+    """What a network takes and makes, in channels."""
+
+    in_nc: int
+    out_nc: int
+
+
+def define_G(opt: Options | NetworkOptions | dict[str, Any]) -> nn.Module:
     """Build the generator of ``opt.netG``, initialised when ``opt.is_train``; spandrel's come with their weights.
 
     Args:
@@ -60,145 +68,195 @@ def define_G(opt: Any) -> nn.Module:
     """
     opt = network_options(opt) if isinstance(opt, dict) else opt
     net = opt.netG
-    if net.net_type == "spandrel":
-        published = load_spandrel(net.path, opt.scale, opt.n_channels)
-        if opt.is_train and isinstance(opt, Options) and opt.train_set:
-            published.check_patch(patch_size(opt.train_set) // opt.scale)
-        return published
+    if net is None:
+        raise UserError("netG: is required and missing")
     with _one_line("netG", net.net_type):
-        network = _generator(net, opt.scale)
-    if opt.is_train:
+        network = _generator(net, opt.scale, opt.n_channels)
+    if isinstance(network, SpandrelNetwork):
+        if opt.is_train and isinstance(opt, Options) and opt.train_set:
+            network.check_patch(patch_size(opt.train_set) // opt.scale)
+    elif net.net_type != "spandrel" and opt.is_train:
         init_weights(network, net.init_type, net.init_bn_type, net.init_gain)
     return network
 
 
-def _generator(net: Any, scale: int) -> nn.Module:
+def _generator(net: NetG, scale: int, n_channels: int) -> nn.Module:
     match net.net_type:
-        case "rrdbnet":
-            return RRDBNet(net.in_nc, net.out_nc, net.nf, net.nb, net.gc, scale, net.use_checkpoint)
-        case "rrdbnet_basicsr":
-            return RRDBNetBasicSR(net.in_nc, net.out_nc, net.nf, net.nb, net.gc, scale, net.use_checkpoint)
+        case "rrdbnet" | "rrdbnet_basicsr":
+            rrdbnet = RRDBNet if net.net_type == "rrdbnet" else RRDBNetBasicSR
+            return rrdbnet(
+                **_images(net, n_channels), nf=net.nf, nb=net.nb, gc=net.gc, sf=scale, use_checkpoint=net.use_checkpoint
+            )
         case "rrdb":
-            return RRDB(net.in_nc, net.out_nc, net.nf, net.nb, net.gc, scale, net.act_mode, net.upsample_mode)
+            return RRDB(
+                **_images(net, n_channels),
+                nf=net.nf,
+                nb=net.nb,
+                gc=net.gc,
+                upscale=scale,
+                act_mode=net.act_mode,
+                upsample_mode=net.upsample_mode,
+            )
         case "spsr":
-            return SPSRNet(net.in_nc, net.out_nc, net.nf, net.nb, net.gc, scale, net.upsample_mode, net.use_checkpoint)
+            return SPSRNet(
+                **_images(net, n_channels),
+                nf=net.nf,
+                nb=net.nb,
+                gc=net.gc,
+                upscale=scale,
+                upsample_mode=net.upsample_mode,
+                use_checkpoint=net.use_checkpoint,
+            )
         case "ranksrgan_srresnet":
-            return RankSRGANSRResNet(net.in_nc, net.out_nc, net.nf, net.nb, scale)
-        case "msrresnet0":
-            return MSRResNet0(net.in_nc, net.out_nc, net.nc, net.nb, scale, net.act_mode, net.upsample_mode)
-        case "msrresnet1":
-            return MSRResNet1(net.in_nc, net.out_nc, net.nc, net.nb, scale, net.act_mode, net.upsample_mode)
+            return RankSRGANSRResNet(**_images(net, n_channels), nf=net.nf, nb=net.nb, upscale=scale)
+        case "msrresnet0" | "msrresnet1":
+            msrresnet = MSRResNet0 if net.net_type == "msrresnet0" else MSRResNet1
+            return msrresnet(
+                **_images(net, n_channels),
+                nc=net.nc,
+                nb=net.nb,
+                upscale=scale,
+                act_mode=net.act_mode,
+                upsample_mode=net.upsample_mode,
+            )
         case "srvgg_compact":
-            return SRVGGNetCompact(net.in_nc, net.out_nc, net.nf, net.nc, scale, net.act_type)
+            return SRVGGNetCompact(
+                **_images(net, n_channels), nf=net.nf, nc=net.nc, upscale=scale, act_type=net.act_type
+            )
         case "swinir":
             return SwinIR(
-                scale,
-                net.in_chans,
-                net.img_size,
-                net.window_size,
-                net.img_range,
-                net.depths,
-                net.embed_dim,
-                net.num_heads,
-                net.mlp_ratio,
-                net.upsampler,
-                net.resi_connection,
-                net.padding,
-                net.drop_path_rate,
+                upscale=scale,
+                in_chans=net.in_chans or n_channels,
+                img_size=net.img_size,
+                window_size=net.window_size,
+                img_range=net.img_range,
+                depths=net.depths,
+                embed_dim=net.embed_dim,
+                num_heads=net.num_heads,
+                mlp_ratio=net.mlp_ratio,
+                upsampler=net.upsampler,
+                resi_connection=net.resi_connection,
+                padding=net.padding,
+                drop_path_rate=net.drop_path_rate,
                 use_checkpoint=net.use_checkpoint,
             )
         case "elan":
             return ELAN(
-                scale,
-                net.colors,
-                net.window_sizes,
-                net.m_elan,
-                net.c_elan,
-                net.n_share,
-                net.r_expand,
-                net.img_range,
-                net.use_checkpoint,
-                net.rgb_mean,
+                scale=scale,
+                colors=net.colors or n_channels,
+                window_sizes=net.window_sizes,
+                m_elan=net.m_elan,
+                c_elan=net.c_elan,
+                n_share=net.n_share,
+                r_expand=net.r_expand,
+                img_range=net.img_range,
+                use_checkpoint=net.use_checkpoint,
+                rgb_mean=net.rgb_mean,
             )
         case "resshift_unet_swin":
             return UNetModelSwin(
-                net.image_size,
-                net.in_channels,
-                net.model_channels,
-                net.out_channels,
-                net.attention_resolutions,
-                net.dropout,
-                net.channel_mult,
-                net.num_res_blocks,
-                net.num_head_channels,
-                net.use_scale_shift_norm,
-                net.swin_depth,
-                net.swin_embed_dim,
-                net.window_size,
-                net.mlp_ratio,
-                net.cond_lq,
-                net.lq_size,
-                net.mask_quirk,
-                net.use_checkpoint,
+                image_size=net.image_size,
+                in_channels=net.in_channels,
+                model_channels=net.model_channels,
+                out_channels=net.out_channels,
+                attention_resolutions=net.attention_resolutions,
+                dropout=net.dropout,
+                channel_mult=net.channel_mult,
+                num_res_blocks=net.num_res_blocks,
+                num_head_channels=net.num_head_channels,
+                use_scale_shift_norm=net.use_scale_shift_norm,
+                swin_depth=net.swin_depth,
+                swin_embed_dim=net.swin_embed_dim,
+                window_size=net.window_size,
+                mlp_ratio=net.mlp_ratio,
+                cond_lq=net.cond_lq,
+                lq_size=net.lq_size,
+                mask_quirk=net.mask_quirk,
+                use_checkpoint=net.use_checkpoint,
             )
         case "unet2d":
             return UNet2D(
-                net.channels,
-                net.patch,
-                net.residual,
-                net.block_out_channels,
-                net.layers_per_block,
-                net.attention,
-                net.mid_attention,
-                net.attention_head_dim,
-                net.norm_num_groups,
-                net.use_checkpoint,
+                channels=net.channels,
+                patch=net.patch,
+                residual=net.residual,
+                block_out_channels=net.block_out_channels,
+                layers_per_block=net.layers_per_block,
+                attention=net.attention,
+                mid_attention=net.mid_attention,
+                attention_head_dim=net.attention_head_dim,
+                norm_num_groups=net.norm_num_groups,
+                use_checkpoint=net.use_checkpoint,
             )
         case "stablesr":
-            base = load_stable_diffusion(net.base, net.base_precision)
-            return StableSR(base, scale, net.model_channels, net.channel_mult, net.num_heads, net.use_checkpoint)
+            return StableSR(
+                load_stable_diffusion(net.base, net.base_precision),
+                scale=scale,
+                model_channels=net.model_channels,
+                channel_mult=net.channel_mult,
+                num_heads=net.num_heads,
+                use_checkpoint=net.use_checkpoint,
+            )
         case "sd_lora":
-            base = load_stable_diffusion(net.base, net.base_precision)
-            return SDLoRA(base, scale, net.rank, net.alpha, net.target_modules, net.use_checkpoint)
+            return SDLoRA(
+                load_stable_diffusion(net.base, net.base_precision),
+                scale=scale,
+                rank=net.rank,
+                alpha=net.alpha,
+                target_modules=net.target_modules,
+                use_checkpoint=net.use_checkpoint,
+            )
+        case "spandrel":
+            return load_spandrel(net.path, scale, n_channels)
         case unknown:
             raise UserError(f"netG.net_type: {unknown!r} is no generator of this project")
 
 
-def define_D(opt: Any) -> nn.Module:
+def _images(net: ImageNetworkOptions, n_channels: int) -> _Images:
+    """The channels that a network states, or else those of the images."""
+    return _Images(in_nc=net.in_nc or n_channels, out_nc=net.out_nc or n_channels)
+
+
+def define_D(opt: Options | NetworkOptions | dict[str, Any]) -> nn.Module:
     """Build the discriminator of ``opt.netD``, initialised when ``opt.is_train``; else as :func:`define_G`."""
     opt = network_options(opt) if isinstance(opt, dict) else opt
     net = opt.netD
+    if net is None:
+        raise UserError("netD: is required and missing")
     with _one_line("netD", net.net_type):
-        network = _discriminator(net)
+        network = _discriminator(net, opt.n_channels)
     if opt.is_train:
         init_weights(network, net.init_type, net.init_bn_type, net.init_gain)
     return network
 
 
-def _discriminator(net: Any) -> nn.Module:
+def _discriminator(net: NetD, n_channels: int) -> nn.Module:
+    in_nc = net.in_nc or n_channels
     match net.net_type:
         case "discriminator_unet" | "discriminator_unet_sn":
-            return DiscriminatorUNet(net.in_nc, net.base_nc, net.skip_connection)
+            return DiscriminatorUNet(in_nc, base_nc=net.base_nc, skip_connection=net.skip_connection)
         case "discriminator_unet_sn_v1":
-            return DiscriminatorUNetSmall(net.in_nc, net.base_nc, net.skip_connection)
+            return DiscriminatorUNetSmall(in_nc, base_nc=net.base_nc, skip_connection=net.skip_connection)
         case "discriminator_patchgan":
-            return DiscriminatorPatchGAN(net.in_nc, net.base_nc, net.n_layers, net.norm_type)
+            return DiscriminatorPatchGAN(in_nc, net.base_nc, n_layers=net.n_layers, norm_type=net.norm_type)
         case "discriminator_vgg_96" | "discriminator_vgg_128" | "discriminator_vgg_192":
-            input_size = int(net.net_type.rsplit("_", 1)[1])
-            return DiscriminatorVGG(net.in_nc, net.base_nc, net.act_mode, input_size)
+            return DiscriminatorVGG(
+                in_nc, net.base_nc, act_mode=net.act_mode, input_size=int(net.net_type.rpartition("_")[2])
+            )
         case "discriminator_vgg_style":
-            return DiscriminatorVGGStyle(net.in_nc, net.base_nc, net.input_size, net.norm_type)
+            return DiscriminatorVGGStyle(in_nc, net.base_nc, input_size=net.input_size, norm_type=net.norm_type)
         case "discriminator_vgg_128_SN":
-            return DiscriminatorVGG128SN(net.in_nc, net.base_nc)
+            return DiscriminatorVGG128SN(in_nc, net.base_nc)
         case unknown:
             raise UserError(f"netD.net_type: {unknown!r} is no discriminator of this project")
 
 
-def define_R(opt: Any) -> nn.Module:
+def define_R(opt: Options) -> nn.Module:
     """Build the ranker of ``opt.netR``, initialised when ``opt.is_train``; a new one is trained, not used as it is."""
     net = opt.netR
+    if net is None:
+        raise UserError("netR: is required and missing")
     with _one_line("netR", net.net_type):
-        network = RankerVGG12(net.in_nc, net.base_nc)
+        network = RankerVGG12(net.in_nc or opt.n_channels, base_nc=net.base_nc)
     if opt.is_train:
         init_weights(network, net.init_type, net.init_bn_type, net.init_gain)
     return network

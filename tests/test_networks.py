@@ -374,7 +374,7 @@ def test_a_layer_that_vgg19_lacks_is_named() -> None:
 
 
 def test_a_network_beyond_the_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def allocate(*_: object) -> None:
+    def allocate(**_: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9663676416 bytes")
 
     monkeypatch.setattr("models.select_network.RRDBNet", allocate)

@@ -619,7 +619,7 @@ HUGE = [
     *("train.ssl_l1_weight=1e308", "train.F_weights=[1e308]", "train.G_optimizer_lr=1e300", "train.iterations=1e300"),
     *("train.manual_seed=1e12", "train.kernel_size_search=1000000001", "train.mask_threshold=1e999"),
     *("train.checkpoint_save=1e18", "train.sigma=1e-320", "train.G_optimizer_wd=1e300", "train.dm_weight=1e30"),
-    *("datasets.train.dataloader_batch_size=1e9", "datasets.train.H_size=1e9", "datasets.train.pair_pool=1e9"),
+    *("datasets.train.dataloader_batch_size=1e18", "datasets.train.H_size=1e9", "datasets.train.pair_pool=1e9"),
     *("netG.nf=1e9", "netG.nc=1e9", "netD.base_nc=1e9", "scale=1e9", "gpu_ids=[1e30]", "test.tile=1e300"),
     *("task=" + 90 * "\u6f22", "path.root=" + 300 * "x", "path.pretrained_netG=" + 3000 * "x/"),
     *('netG={"net_type": "swinir", "window_size": 1000000000}', 'netG={"net_type": "elan", "n_share": 1000000000}'),
@@ -678,6 +678,16 @@ def test_several_mistakes_are_counted_in_one_line(base: Path) -> None:
     with pytest.raises(UserError, match=r"and 1 more: train\.bb") as error:
         parse(base, overrides=["train.aa=1", "train.bb=1"])
     assert "\n" not in str(error.value)
+
+
+def test_each_side_has_its_optimizer(base: Path) -> None:
+    cosine = ["train.G_scheduler_type=CosineAnnealingLR", "train.iterations=12", "train.G_scheduler_warmup=2"]
+    train = parse(base, overrides=[*cosine, "train.D_optimizer_lr=4", "train.D_scheduler_milestones=[5, 9]"]).train
+    D, G = train.optimizer("D"), train.optimizer("G")
+    assert [D.lr_at(step) for step in (1, 4, 5, 8, 9)] == [4, 4, 2, 2, 1]  # gamma is 0.5
+    assert (D.warmup, D.cosine_end, G.cosine_end, G.clipgrad) == (0, None, 12, None)
+    assert [G.lr_at(step) / G.lr for step in (1, 2, 7, 12)] == pytest.approx([0.5, 1, 0.5, 0])
+    assert train.optimizer("R").lr == 1e-3
 
 
 def test_testing_needs_no_training_set_and_no_discriminator(base: Path) -> None:

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 import training.loop as training
-import utils.utils_option as options
 from data.files import list_files
 from tests.conftest import photograph
 from tests.training import SSL, Workplace
+from utils import utils_option_checks
 from utils.utils_error import UserError
 from utils.utils_image import imsave
-from utils.utils_option import Options, Section, is_read, parse
+from utils.utils_option import Options, is_read, parse
+from utils.utils_option_networks import Section
 
 # Keys and values of 22 published files, the authors' own folders made neutral.
 FILES: dict[str, dict[str, Any]] = json.loads(
@@ -367,7 +368,7 @@ def test_an_option_that_nothing_reads_is_named(setting: str, tmp_path: Path) -> 
             changed = {place: section}
             if place.startswith("datasets."):
                 changed = {"datasets": {**opt.datasets, place.partition(".")[2]: section}}
-            assert f"{place}.{name}" in options._unread(opt.model_copy(update=changed))
+            assert f"{place}.{name}" in utils_option_checks.unread(opt.model_copy(update=changed))
 
 
 @pytest.mark.parametrize(
