@@ -102,7 +102,7 @@ class ModelDM(ModelSR):
         terms = {}
         if train.dm_weight > 0:
             terms["dm_loss"] = train.dm_weight * F.mse_loss(output, process.target(x0, draw.noise))
-        if fidelity_weight(train) > 0 or self.perceptual is not None:
+        if fidelity_weight(train) > 0:
             with self._autocast():
                 image = self.autoencoder.decode(process.x0_of(output, x_t, draw.t))
             self.E = (image.float() + 1) / 2

@@ -16,7 +16,15 @@ from utils.utils_option_networks import (
     UNet2DOptions,
     network_classes,
 )
-from utils.utils_option_sections import DatasetOptions, Options, Side, TrainOptions, fidelity_weight, patch_size
+from utils.utils_option_sections import (
+    FIDELITY_WEIGHTS,
+    DatasetOptions,
+    Options,
+    Side,
+    TrainOptions,
+    fidelity_weight,
+    patch_size,
+)
 
 
 def problems(opt: Options) -> Iterator[str]:
@@ -194,11 +202,9 @@ def _weights(opt: Options) -> Iterator[str]:
     fidelity = fidelity_weight(train)
     if opt.model == "plain" and not fidelity:
         yield "train.G_lossfn_weight: all losses of the generator have weight 0: nothing to train"
-    if opt.model == "dm" and not (fidelity or train.F_lossfn_weight or train.dm_weight):
+    if opt.model == "dm" and not (fidelity or train.dm_weight):
         yield "train.dm_weight: all losses of the generator have weight 0: nothing to train"
-    if opt.model in ("gan", "spsr") and not (
-        fidelity or train.F_lossfn_weight or train.D_lossfn_weight or train.gradient_D_lossfn_weight
-    ):
+    if opt.model in ("gan", "spsr") and not (fidelity or train.D_lossfn_weight or train.gradient_D_lossfn_weight):
         yield "train: all losses of the generator have weight 0: nothing to train"
 
 
@@ -312,9 +318,7 @@ def is_read(opt: Options) -> dict[str, dict[str, bool]]:
         sections[f"datasets.{name}"] = _is_read_of(one)
     sides = {"G": sr, "D": trains_D, "R": ranker}
     sections["train"] = {
-        **dict.fromkeys(("G_lossfn_weight", "F_lossfn_weight", "lpips_weight", "ssl_l1_weight", "ssl_kl_weight"), sr),
-        **dict.fromkeys(("gradient_weight", "branch_weight", "rank_weight", "ldl_weight", "E_decay"), sr),
-        **dict.fromkeys(("best_buddy_weight", "back_projection_weight"), sr),
+        **dict.fromkeys((*FIDELITY_WEIGHTS, "E_decay"), sr),
         **dict.fromkeys(("G_lossfn_type", "l1_gt_usm"), sr and train.G_lossfn_weight > 0),
         "G_charbonnier_eps": sr and train.G_lossfn_weight > 0 and train.G_lossfn_type == "charbonnier",
         "percep_gt_usm": with_F,

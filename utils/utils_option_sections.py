@@ -415,7 +415,11 @@ def patch_size(data: DatasetOptions) -> int:
     return data.H_size
 
 
+# Of the weights, those of no loss of E: what a diffusion network predicts, and what discriminators say.
+_NOT_FIDELITY = ("dm_weight", "D_lossfn_weight", "gradient_D_lossfn_weight")
+FIDELITY_WEIGHTS = [n for n in TrainOptions.model_fields if n.endswith("_weight") and n not in _NOT_FIDELITY]
+
+
 def fidelity_weight(train: TrainOptions) -> float:
-    """The sum of what ModelSR.fidelity_terms weighs, but for the perceptual loss."""
-    weighed = ("G_lossfn", "lpips", "gradient", "branch", "ldl", "best_buddy", "back_projection", "rank")
-    return sum(train[f"{name}_weight"] for name in (*weighed, "ssl_l1", "ssl_kl"))
+    """The sum of what ModelSR.fidelity_terms weighs. A new option that ends in ``_weight`` is among it by itself."""
+    return sum(train[name] for name in FIDELITY_WEIGHTS)
