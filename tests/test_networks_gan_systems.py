@@ -12,6 +12,7 @@ from models.network_discriminator import DiscriminatorUNet, DiscriminatorUNetSma
 from models.network_ranksrgan import RankerVGG12, RankSRGANSRResNet
 from models.network_spsr import GradientMap, SPSRNet
 from tests import golden_archs
+from tests.golden_numbers import Tensors
 from utils.utils_checkpoint import load_network, save_network
 
 # The fixtures' own bound for float32; a correct network is near 1e-6, known mistakes move outputs by 5e-5 to 0.7.
