@@ -1,7 +1,7 @@
 """Shared by all tests: the repository on the path, few threads, small generated images."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +36,11 @@ def photograph(height: int, width: int, seed: int = 0, channels: int = 3) -> np.
     stripes = (x + y).astype(int) % 6 < 3
     image[: height // 3] = np.where(stripes[: height // 3, :, None], image[: height // 3], 0.6 * image[: height // 3])
     return np.round(255 * image.clip(0, 1)).astype(np.uint8)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Names that are not UTF-8 in what a test logged would end the process that sends its report (pytest-xdist)."""
+    report = yield
+    report.sections = [(title, text.encode("utf-8", "backslashreplace").decode()) for title, text in report.sections]
+    return report
