@@ -226,6 +226,7 @@ def _restore_set(
             size = f"{L.shape[-1]}x{L.shape[-2]} -> {L.shape[-1] * scale}x{L.shape[-2] * scale}"
             psnr = "".join(f", {label} {v['psnr']:.2f} dB" for label, v in values.items() if "psnr" in v)
             logger.info("%s %d/%d %s: %s%s", data.name, i + 1, len(names), printable(name), size, psnr)
+    report.end_set(data.name, data.dataset_type != "l")
     if lost_profiles:
         logger.warning(
             "%s: %d of %d images have a colour profile that is not for %s; it is not kept",

@@ -6,7 +6,7 @@ import numpy as np
 
 from data.dataset_base import DatasetBase
 from data.degradations.on_image import add_sharpening, apply
-from data.degradations.select_degradation import degradation_of, sharpens_H
+from data.degradations.select_degradation import degradation_of, sharp_name
 from data.files import Files
 from data.patches import random_window
 from utils.utils_image import Array, ImageExtras, uint2single
@@ -33,7 +33,7 @@ class DatasetBlindSR(DatasetBase):
             return images, extras
         if opt.use_sharp:
             sharp = add_sharpening(sharp)
-            images["H" if sharpens_H(opt.degradation_type) else "H_usm"] = sharp
+            images[sharp_name(opt.degradation_type)] = sharp
         height, width, channels = sharp.shape
         L = apply(sharp, degradation_of(opt)((height, width, channels), opt.scale, rng), rng)
         if self.is_train and opt.lq_patchsize:

@@ -5,7 +5,6 @@ The page itself is ``report.html`` beside this file: plain HTML, CSS and JavaScr
 
 import base64
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from PIL import Image
 
 from evaluation.metrics import METRICS, Measured
 from utils.utils_image import uint2tensor4
-from utils.utils_run import write_atomically
+from utils.utils_run import to_json, write_atomically
 from utils.utils_ssl import edge_mask
 
 Picture = NDArray[np.uint8]
@@ -130,11 +129,13 @@ class Gallery:
         self.items.append(item)
 
 
-def write_html(results: Path, gallery: Gallery, names: Sequence[str], total: int, note: str, path: Path) -> None:
+def write_html(
+    results: Mapping[str, Any], gallery: Gallery, names: Sequence[str], total: int, note: str, path: Path
+) -> None:
     """Write the report.
 
     Args:
-        results: ``results.json``; the page shows its numbers.
+        results: the content of ``results.json``; the page shows its numbers.
         gallery: its images.
         names: the metrics, in the tables' order.
         total: how many images were tested; the page says how many of them it shows.
@@ -154,7 +155,7 @@ def write_html(results: Path, gallery: Gallery, names: Sequence[str], total: int
         for name in names
     ]
     data = {
-        "results": json.loads(results.read_text(encoding="utf-8")),
+        "results": results,
         "columns": columns,
         "gallery": gallery.items,
         "total": total,
@@ -162,5 +163,5 @@ def write_html(results: Path, gallery: Gallery, names: Sequence[str], total: int
         "note": note,
     }
     # "<" inside a script could end it; JSON knows another way to write it.
-    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    text = to_json(data, separators=(",", ":")).replace("<", "\\u003c")
     write_atomically(_TEMPLATE.read_text(encoding="utf-8").replace(_PLACE, text), path)

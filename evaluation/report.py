@@ -409,7 +409,7 @@ class Report:
         H: Picture | None,
         broken: Collection[str] = (),
     ) -> dict[str, dict[str, float]]:
-        """One image, the ``index``-th of its set; sets come one after the other.
+        """One image, the ``index``-th of its set; sets come one after the other, each ended by :meth:`end_set`.
 
         Args:
             broken: labels whose estimate is no image (NaN): they are shown as they are and get no numbers.
@@ -433,11 +433,10 @@ class Report:
             self._values.setdefault(label, []).append(values)
             for metric in [metric for metric, value in values.items() if math.isinf(value)]:
                 self._infinite.setdefault(label, {}).setdefault(metric, []).append(name)
-        if index == self.counts[set_name] - 1:
-            self._end_set(set_name, H is not None)
         return measured.values
 
-    def _end_set(self, name: str, with_truth: bool) -> None:
+    def end_set(self, name: str, with_truth: bool) -> None:
+        """After the last image of a set: its means."""
         names, over_set = self.measurer.names_for(with_truth), self.measurer.of_set()
         means = {k: {**mean_metrics(v, names), **over_set.get(k, {})} for k, v in self._values.items()}
         if names:
@@ -493,7 +492,7 @@ class Report:
             written.append(as_markdown)
         if self._gallery:
             total = sum(self.counts.values())
-            write_html(as_json, self._gallery, measurer.names, total, note, as_page)
+            write_html(content, self._gallery, measurer.names, total, note, as_page)
             written.append(as_page)
         if self._sheet:
             pictures = {name: images for name, (images, _) in self._sheet.items()}

@@ -23,17 +23,12 @@ from utils.utils_error import UserError
 from utils.utils_option import Options
 from utils.utils_option_sections import Side
 from utils.utils_ssl import SelfSimilarityLoss
-from utils.utils_tile import restore
+from utils.utils_tile import image_of, restore
 
 logger = logging.getLogger(__name__)
 
 # The terms that are means over the batch's edge pixels; every other one is a mean over its images.
 OVER_EDGES = ("ssl", "ssl_l1", "ssl_kl")
-
-
-def image_of(output: Tensor | SPSROutput) -> Tensor:
-    """The estimate E among what a generator returns."""
-    return output.E if isinstance(output, SPSROutput) else output
 
 
 def _side(name: str) -> Side:

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from models.loss import GANLoss
 from models.loss_systems import flat_mask
-from models.model_base import ModelSR, image_of
+from models.model_base import ModelSR
 from models.select_network import define_D
 from utils.utils_checkpoint import unwrap
 from utils.utils_option import Options
+from utils.utils_tile import image_of
 
 
 class Contest(NamedTuple):

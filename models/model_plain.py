@@ -1,6 +1,7 @@
 """PSNR-oriented training: pixel losses, and the self-similarity or perceptual loss where they are asked for."""
 
-from models.model_base import ModelSR, image_of
+from models.model_base import ModelSR
+from utils.utils_tile import image_of
 
 
 class ModelPlain(ModelSR):

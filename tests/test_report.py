@@ -202,9 +202,12 @@ def test_a_report_of_two_sets_has_the_means_of_each_and_says_what_is_left_out(tm
     measurer.missing["lpips"] = "its weights are not in the cache"
     report = Report(measurer, {"A": 1, "B": 2, "real": 1}, report_images=3)
     H = photograph(40, 44)
-    for name, index in (("A", 0), ("B", 0), ("B", 1)):
-        report.add(name, index, f"{name}{index}", {"bicubic": blurred(blurred(H)), "gan": blurred(H)}, H)
+    for name, count in (("A", 1), ("B", 2)):
+        for index in range(count):
+            report.add(name, index, f"{name}{index}", {"bicubic": blurred(blurred(H)), "gan": blurred(H)}, H)
+        report.end_set(name, True)
     report.add("real", 0, "r", {"bicubic": H, "gan": blurred(H)}, None)
+    report.end_set("real", False)
     content = {"models": {"gan": "gan.pth"}, "scale": 4}
     report.write(tmp_path, run_facts(), content, n_channels=3)
     found = json.loads((tmp_path / "results.json").read_text())
@@ -222,6 +225,7 @@ def test_a_report_of_no_images_is_not_written(tmp_path):
     report = Report(Measurer(["psnr"], 0, "cpu"), {"A": 1}, report_images=0)
     H = photograph(20, 20)
     report.add("A", 0, "a", {"bicubic": blurred(H)}, H)
+    report.end_set("A", True)
     report.write(tmp_path, run_facts(), {"models": {}, "scale": 2}, n_channels=3)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "results.csv",

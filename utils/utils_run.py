@@ -78,8 +78,13 @@ def write_atomically(text: str, path: Path) -> None:
 
 
 def save_json(content: Any, path: Path) -> None:
-    """Write ``content`` as JSON by :func:`write_atomically`; numbers that JSON lacks (NaN, infinity) become null."""
-    write_atomically(json.dumps(_finite(content), indent=2, allow_nan=False, default=str) + "\n", path)
+    """Write ``content`` by :func:`write_atomically` as :func:`to_json` has it."""
+    write_atomically(to_json(content, indent=2) + "\n", path)
+
+
+def to_json(content: Any, **layout: Any) -> str:
+    """``content`` as JSON, laid out as ``json.dumps`` is told; numbers that JSON lacks (NaN, infinity) become null."""
+    return json.dumps(_finite(content), allow_nan=False, default=str, **layout)
 
 
 def _finite(content: Any) -> Any:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -142,12 +142,17 @@ def _gaussian(size: int) -> Tensor:
     return (-0.5 * ((torch.arange(size) - (size - 1) / 2) / (0.1 * size)) ** 2).exp()
 
 
+def image_of(output: Any) -> Tensor:
+    """The estimate E among what a generator returns: SPSR's returns gradient maps too."""
+    E: Tensor = getattr(output, "E", output)
+    return E
+
+
 def _enlarge(netG: nn.Module, L: Tensor, scale: int, multiple: int) -> Tensor:
     """One call of the network on sizes that it takes: extended at the bottom and right, the result cropped."""
     h, w = L.shape[-2:]
     L = pad_to_multiple(L, multiple)
-    output = netG(L)
-    E: Tensor = getattr(output, "E", output)  # SPSR returns its gradient maps too
+    E = image_of(netG(L))
     if E.shape[-2:] != (L.shape[-2] * scale, L.shape[-1] * scale):
         found, given = " x ".join(map(str, E.shape[-2:])), " x ".join(map(str, L.shape[-2:]))
         raise ValueError(f"the network made {found} pixels of {given}: this is not scale {scale}")

@@ -60,9 +60,9 @@ def degradation_of(opt: DatasetOptions) -> Draw:
     return partial(draw, strength=replace(strength, camera_prob=opt.camera_prob, shuffle_prob=shuffle_prob))
 
 
-def sharpens_H(degradation_type: str) -> bool:
-    """Whether ``use_sharp`` sharpens H itself, as in KAIR, or makes H_usm beside it, as in Real-ESRGAN."""
-    return degradation_type in _BSRGAN
+def sharp_name(degradation_type: str) -> str:
+    """What ``use_sharp`` makes of H sharpened: "H" itself, as in KAIR, or "H_usm" beside it, as in Real-ESRGAN."""
+    return "H" if degradation_type in _BSRGAN else "H_usm"
 
 
 def degrade_image(
@@ -127,7 +127,7 @@ class Degrader:
         H = images["H"]
         if self.opt.use_sharp:
             H = on_batch.sharpen(H)
-            images["H" if sharpens_H(self.opt.degradation_type) else "H_usm"] = H
+            images[sharp_name(self.opt.degradation_type)] = H
         channels, height, width = H.shape[1:]
         plans = [self.draw((height, width, channels), self.opt.scale, rng) for _ in H]
         images["L"] = on_batch.apply_batch(H, plans, generator)
