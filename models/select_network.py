@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import nn
@@ -57,7 +57,7 @@ class _Images(TypedDict):
     out_nc: int
 
 
-def define_G(opt: Options | NetworkOptions | dict[str, Any]) -> nn.Module:
+def define_G(opt: Options | NetworkOptions | dict[str, object]) -> nn.Module:
     """Build the generator of ``opt.netG``, initialised when ``opt.is_train``; spandrel's come with their weights.
 
     Args:
@@ -216,7 +216,7 @@ def _images(net: ImageNetworkOptions, n_channels: int) -> _Images:
     return _Images(in_nc=net.in_nc or n_channels, out_nc=net.out_nc or n_channels)
 
 
-def define_D(opt: Options | NetworkOptions | dict[str, Any]) -> nn.Module:
+def define_D(opt: Options | NetworkOptions | dict[str, object]) -> nn.Module:
     """Build the discriminator of ``opt.netD``, initialised when ``opt.is_train``; else as :func:`define_G`."""
     opt = network_options(opt) if isinstance(opt, dict) else opt
     net = opt.netD

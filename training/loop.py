@@ -8,11 +8,10 @@ import random
 import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -173,7 +172,7 @@ def _loop(run: _Run, stop: "_StopSignals") -> None:
         logger.info("done at step %d", step)
 
 
-def _steps(run: _Run, loaded: Iterable[dict[str, Any]], stop: "_StopSignals", progress: Progress) -> int:
+def _steps(run: _Run, loaded: Iterable[dict[str, object]], stop: "_StopSignals", progress: Progress) -> int:
     """-> the last step that was done."""
     model, device, step, train = run.model, run.device, run.step, run.opt.train
     for batch in loaded:
@@ -321,12 +320,11 @@ def _make_run_folder(opt: Options, seed: int) -> None:
         ) from error
     stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
     # Without what is filled in, so that the file can be given again and changed on the command line.
-    filled_in: Any = {
-        "unused": True,
-        "is_train": True,
-        "datasets": {"__all__": {"phase", "scale", "n_channels", "seed"}},
-    }
-    save_json(opt.model_dump(exclude=filled_in), opt.task_dir / "options" / f"{stamp}.json")
+    content = opt.model_dump(exclude={"unused", "is_train"})
+    for data in content["datasets"].values():
+        for filled_in in ("phase", "scale", "n_channels", "seed"):
+            del data[filled_in]
+    save_json(content, opt.task_dir / "options" / f"{stamp}.json")
     save_json({**run_facts(), "seed": seed}, opt.task_dir / "options" / f"{stamp}_facts.txt")
 
 
@@ -342,11 +340,11 @@ class _StopSignals:
         self.received = number
 
     def __enter__(self) -> "_StopSignals":
-        self._before: dict[int, Any] = {}
+        self._restore = ExitStack()
         with suppress(ValueError):  # only the main thread may; elsewhere signals are somebody else's
-            self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._restore.callback(signal.signal, number, signal.signal(number, self._handle))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._restore.close()

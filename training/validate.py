@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from data.loader import one_by_one
@@ -15,6 +16,7 @@ from utils import utils_dist
 from utils.utils_image import calculate_psnr, calculate_ssim, imsave, tensor2uint
 from utils.utils_tile import enough_memory, tile_remedy
 
+Picture = NDArray[np.uint8]
 logger = logging.getLogger(__name__)
 
 
@@ -36,7 +38,7 @@ def validate(
         UserError: the memory is too small.
     """
     sums = {"psnr": 0.0, "finite": 0.0, "ssim": 0.0, "count": 0.0}
-    rows: list[np.ndarray] = []
+    rows: list[Picture] = []
     smallest = 2 * scale + 11  # the border on both sides and SSIM's window
     for batch in one_by_one(test_set, utils_dist.rank(), utils_dist.world_size()):
         model.feed_data(batch, need_H="H" in batch)
@@ -81,7 +83,7 @@ def validate_ranker(model: ModelRanker, test_set: Dataset, device: torch.device)
     return sums["in_order"] / sums["count"]
 
 
-def _row(shown: dict[str, np.ndarray], size: int = 192) -> np.ndarray:
+def _row(shown: dict[str, Picture], size: int = 192) -> Picture:
     """Images side by side: the middle of each, at most ``size`` pixels a side, L with its pixels repeated."""
     scale = shown["E"].shape[0] // shown["L"].shape[0]
     shown = {**shown, "L": shown["L"].repeat(scale, 0).repeat(scale, 1)}
@@ -92,7 +94,7 @@ def _row(shown: dict[str, np.ndarray], size: int = 192) -> np.ndarray:
     return np.concatenate(crops, axis=1)
 
 
-def _stack(rows: list[np.ndarray]) -> np.ndarray:
+def _stack(rows: list[Picture]) -> Picture:
     width = max(row.shape[1] for row in rows)
     filled = [np.pad(r, [(0, 0), (0, width - r.shape[1])] + [(0, 0)] * (r.ndim - 2)) for r in rows]
     return np.concatenate(filled, axis=0)

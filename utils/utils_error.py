@@ -111,7 +111,8 @@ _NO_SHARED_MEMORY = (
 
 def _in_worker(error: BaseException) -> tuple[str, str] | None:
     """Class and text of an exception that a DataLoader's worker has sent with its traceback; None where none has."""
-    first, _, rest = str(error).strip().partition("\n")
+    text = str(error.args[0]) if error.args else ""  # a UserError shows its lines as one
+    first, _, rest = text.strip().partition("\n")
     raised = re.findall(r"^(?:\w+\.)*(\w+)(?:: (.*))?$", rest, re.MULTILINE)  # lines of a traceback are indented
     return raised[-1] if raised and " in DataLoader worker process " in first else None
 

@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from utils.utils_option_networks import (
     DiffusionNetwork,
@@ -12,6 +11,7 @@ from utils.utils_option_networks import (
     NetG,
     Network,
     ResShiftUNetOptions,
+    Section,
     SpandrelOptions,
     UNet2DOptions,
     network_classes,
@@ -374,7 +374,7 @@ def unread(opt: Options) -> Iterator[str]:
     """What differs from its default although nothing looks at it in this training run."""
     read = is_read(opt)
     for place, fields in read.items():
-        section: Any = opt
+        section: Section = opt
         for part in place.split(".") if place else ():
             section = section[part]
         if place and not read[""].get(place, True):
