@@ -21,10 +21,10 @@ demo-dm: $(VENV)/.installed-extra
 	$(RUN) main_train_dm.py --opt options/train_resshift_demo.json
 	$(RUN) main_test.py --model_path experiments/resshift_demo --gt testsets/demo
 
-# As many processes as there are cores; one alone, with its output: make test PYTEST="-n 0 -k NAME"
+# A process for each core, but no more than eight; one test alone: make test PYTEST="-n 0 -k NAME"
 PYTEST ?=
 test: $(VENV)/.installed-dev
-	$(RUN) -m pytest $(PYTEST)
+	$(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST)
 
 # Style, types, and whether the generated schema is the one of the code.
 check: $(VENV)/.installed-dev

@@ -191,8 +191,8 @@ def _parts(weights: Mapping[Any, Any], is_lightning: bool) -> dict[str, dict[str
 
 # ---------------------------------------------------------------------------------------------------------- layouts
 
-# One network, many names (spec/architectures.md, 1.2 and 2.1): BasicSR's and old ESRGAN's or KAIR's numbered layout,
-# each rewritten to BSRGAN's. The numbered tail is handled by _canonical_names.
+# One network, many names: BasicSR's and old ESRGAN's or KAIR's numbered layout, each rewritten to BSRGAN's. The
+# numbered tail is handled by _canonical_names.
 _RENAMINGS = (
     (r"^body\.(\d+)\.rdb(\d)\.", r"RRDB_trunk.\1.RDB\2."),
     (r"^body\.(\d+)\.conv(\d)\.", r"recon_trunk.\1.conv\2."),
