@@ -1,0 +1,1 @@
+"""How good restored images are: metrics, tables, the page of a report, figures."""

@@ -1,0 +1,3 @@
+"""The training loop and validation, above models and data."""
+
+import utils  # noqa: F401  its setting for OpenMP must stand before torch is imported

@@ -1,4 +1,4 @@
-"""Tools that know neither models nor data sets: options, images, degradations, SSL, checkpoints, the training loop."""
+"""Tools that know neither models nor data sets: the self-similarity loss, images, options, checkpoints, processes."""
 
 import os
 
