@@ -78,15 +78,15 @@ def edge_mask(img: Tensor, threshold: float = 20.0) -> Tensor:
     return (laplacian.clamp(0, 255) > threshold).float()
 
 
-def mask_stride_pattern(height: int, width: int, stride: int) -> Tensor:
+def mask_stride_pattern(height: int, width: int, stride: int, device: torch.device | str | None = None) -> Tensor:
     """The tiled identity that thins a mask: 1 where y mod stride = x mod stride, so one pixel in ``stride`` stays.
 
-    Returns (1, 1, height, width) float32 of {0, 1}, anchored at the top-left corner. A stride of 0 or 1 keeps all; one
-    that is negative or no whole number is a ValueError.
+    Returns (1, 1, height, width) float32 of {0, 1} on ``device`` (None: the CPU), anchored at the top-left corner. A
+    stride of 0 or 1 keeps all; one that is negative or no whole number is a ValueError.
     """
     _check_stride(stride)
     stride = max(1, stride)
-    y, x = torch.arange(height), torch.arange(width)
+    y, x = torch.arange(height, device=device), torch.arange(width, device=device)
     return (y[:, None] % stride == x % stride).float()[None, None]
 
 
@@ -519,7 +519,9 @@ class SelfSimilarityLoss(nn.Module):
         hr = hr.detach()
         mask = edge_mask(hr, self.threshold) if mask is None else mask
         if self.mask_stride > 1:
-            mask = mask * mask_stride_pattern(mask.shape[2], mask.shape[3], self.mask_stride).to(mask)
+            mask = mask * mask_stride_pattern(mask.shape[2], mask.shape[3], self.mask_stride, mask.device).to(
+                mask.dtype
+            )
         k, w, zero = self.kernel_size_search, self.kernel_size_window, self.search_border == "zero"
         _check_images(sr, mask, k, w, self.search_border)
         mode = _choose(self.ssl_mode, sr.device.type)
