@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from data.files import Files, list_files, quote, raise_problems
 from utils.utils_error import UserError
-from utils.utils_image import decode, dropped, get_image_paths, read_file, read_mask
+from utils.utils_image import decode, dropped, get_image_paths, image_size, read_file, read_mask
+from utils.utils_npy import RAW_SUFFIX
 from utils.utils_option import DatasetOptions
 
 logger = logging.getLogger(__name__)
@@ -137,6 +138,8 @@ def _see(path: str, is_mask: bool, n_channels: int, _stamp: tuple[int, int]) -> 
     if is_mask:
         height, width = read_mask(path).shape
         return _Seen((height, width), "")
+    if path.lower().endswith(RAW_SUFFIX) and os.path.exists(path):  # its header accounts for every byte
+        return _Seen(image_size(path), "")
     data = read_file(path)
     height, width = decode(data, path, n_channels).shape[:2]
     return _Seen((height, width), " and ".join(dropped(data, path)))
