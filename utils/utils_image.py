@@ -764,10 +764,12 @@ def imresize_np(
 
 def _part(matrix: csr_array, first: int, count: int) -> tuple[csr_array, slice]:
     """So many rows of the matrix, and which of its columns they need; the others are left out."""
-    part = matrix[first : first + count]
-    used = slice(int(part.indices.min()), int(part.indices.max()) + 1)
-    shape = (part.shape[0], used.stop - used.start)
-    return csr_array((part.data, part.indices - used.start, part.indptr), shape=shape), used
+    starts = matrix.indptr[first : first + count + 1]  # scipy's own indexing takes twice the time
+    entries = slice(starts[0], starts[-1])
+    inputs = matrix.indices[entries]
+    used = slice(int(inputs.min()), int(inputs.max()) + 1)
+    shape = (len(starts) - 1, used.stop - used.start)
+    return csr_array((matrix.data[entries], inputs - used.start, starts - starts[0]), shape=shape), used
 
 
 def imresize(img: torch.Tensor, scale: float, antialiasing: bool = True) -> torch.Tensor:
