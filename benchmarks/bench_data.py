@@ -249,8 +249,8 @@ def reading_rows(image: np.ndarray, n: int) -> None:
             times: dict[str, list[float]] = {form: [] for form in calls}
             for seed in range(-4, n):  # the first ones warm up
                 for form, call in calls.items():
-                    spent = milliseconds(partial(call, abs(seed)))
-                    times[form] += [spent] * (seed >= 0)
+                    took = milliseconds(partial(call, abs(seed)))
+                    times[form] += [took] * (seed >= 0)
             for form, spent in times.items():
                 mean = statistics.mean(spent)
                 ratio = statistics.mean(times[png]) / mean if (png := form.replace("npy", "png")) != form else 0
