@@ -51,7 +51,8 @@ def check_dataset(dataset_opt: DatasetOptions) -> None:
 def find_problems(dataset_opt: DatasetOptions) -> Problems:
     """What is the matter with a data set: files that cannot be read, too small ones, partners missing or of wrong size.
 
-    Every file is decoded, since a file cut short has a perfect header. Raises UserError for missing or empty folders
+    Every file is decoded, since a file cut short has a perfect header; only that of a raw image accounts for all its
+    bytes. Raises UserError for missing or empty folders
     and where nothing at all can be read.
     """
     return _look(dataset_opt)[0]

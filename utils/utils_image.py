@@ -452,11 +452,12 @@ def image_kind(path: str) -> tuple[int, np.dtype[Any]]:
         try:
             with open(path, "rb") as file:
                 bits, colour = png_kind(np.frombuffer(file.read(64), np.uint8))
-                header = _pillow_header(file, path) if not bits else None
+                header = _pillow_header(file, path)
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-        if bits and colour != GRAY:  # gray may have a transparent one, which makes it RGB to OpenCV
-            return 1 if colour == GRAY_ALPHA else 3, np.dtype(np.uint16 if bits == 16 else np.uint8)
+        is_keyed = header is not None and "transparency" in header.info  # gray is then RGB to some versions of OpenCV
+        if bits and header is not None and not (colour == GRAY and is_keyed):
+            return 1 if colour in (GRAY, GRAY_ALPHA) else 3, np.dtype(np.uint16 if bits == 16 else np.uint8)
         if header is not None and header.format in ("JPEG", "MPO"):
             return 1 if header.mode == "L" else 3, np.dtype(np.uint8)
     img = imread_uint(path, None)
