@@ -304,6 +304,15 @@ def test_training_reads_no_more_of_a_raw_image_than_it_cuts(folders, kind, monke
     assert max(max(size) for size in sizes) <= 32 + 2 * 10
 
 
+def test_raw_images_without_ground_truth_are_restored(folders):
+    encoded, raw = (
+        define_Dataset(options(phase="test", dataset_type="l", dataroot_L=root))[1]
+        for root in (folders.L, make_raw(folders.L))
+    )
+    assert torch.equal(raw["L"], encoded["L"])
+    assert raw["L_extras"].bits == 16
+
+
 def test_workers_and_batches_take_raw_images(folders):
     dataset = define_Dataset(options(dataset_type="srmask", dataroot_H=make_raw(folders.H), dataroot_H_mask=folders.M))
     batch = next(iter(DataLoader(dataset, batch_size=3)))

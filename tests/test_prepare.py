@@ -330,6 +330,16 @@ def test_the_bytes_of_raw_images_are_said_before_any_is_written(tmp_path, photos
     assert "(0 bytes) to write" in capsys.readouterr().out
 
 
+def test_an_lmdb_of_raw_images_reads_like_the_folder(tmp_path, photos):
+    assert prepare("modcrop --format npy", photos, tmp_path / "raw") == 0
+    assert prepare("lmdb", tmp_path / "raw", tmp_path / "raw.lmdb") == 0
+    raw, packed = (get_image_paths(str(tmp_path / name)) for name in ("raw", "raw.lmdb"))
+    assert len(packed) == len(raw) == 3
+    for path, other in zip(raw, packed, strict=True):
+        np.testing.assert_array_equal(imread_uint(other), np.load(path))
+        assert image_size(other) == image_size(path)
+
+
 @pytest.mark.parametrize("how", ["", "--dry-run"])
 def test_raw_images_that_the_disk_cannot_hold_are_not_begun(tmp_path, photos, monkeypatch, how):
     disk = type("Usage", (), {"free": 1000})
