@@ -1,13 +1,17 @@
-"""Time of random degradations for one training sample, against KAIR's structure, in one run on one thread.
+"""Time of random degradations for one training sample, against KAIR's structure, in one run on one thread; of reading.
 
     python benchmarks/bench_data.py                                     # a photograph that scikit-image brings
     python benchmarks/bench_data.py --image testsets/Set5/butterfly.png --samples 100
     python benchmarks/bench_data.py --device cuda                       # the batched form as well
+    python benchmarks/bench_data.py --reading                           # items a second from PNG and from raw files
 
 KAIR's code does not run on today's SciPy. What it does to an image is written here from its description: convolution
 by SciPy in float64, anisotropic kernels point by point, MATLAB's bicubic row by row, noise of NumPy's samplers. Both
 forms get the same samples and the same steps, in turn; times are processor times, in which other work shows less. The
 ratio is of the means, for a data loader waits for the sum of all its samples.
+
+Reading: training items of the data sets, the same crops from each form of the files in turn. An image of 2K is the
+photograph mirrored up to that size, so that PNG has as much to compress in it.
 """
 
 import argparse
@@ -15,6 +19,7 @@ import datetime
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,11 +32,16 @@ import torch
 from scipy import ndimage, stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data.dataset_base import DatasetBase
 from data.degradations.on_batch import apply_batch
 from data.degradations.on_image import apply
 from data.degradations.select_degradation import DEGRADATIONS
 from data.degradations.steps import Blur, Jpeg, Noise, Resize, Step, Thin, shift_pixel
-from utils.utils_image import imread_uint, single2tensor3, uint2single
+from data.loader import EndlessBatchSampler, training_loader
+from data.preparation.steps import matlab_bicubic
+from data.select_dataset import define_Dataset
+from utils.utils_image import imread_uint, imresize_np, imsave, single2tensor3, uint2single
+from utils.utils_option import DatasetOptions
 
 SIDE, SCALE = 320, 4  # KAIR's H_size
 CV2_FILTERS = {"linear": cv2.INTER_LINEAR, "cubic": cv2.INTER_CUBIC, "area": cv2.INTER_AREA}
@@ -180,11 +190,99 @@ def batch_rows(images: list[np.ndarray], names: Sequence[str], device: torch.dev
             print(f"{name:<18}{n:>6}{draw:>10.2f}{whole:>12.1f}{whole / n:>13.3f}")
 
 
+# --------------------------------------------------------------------------------------------------------- reading
+
+PATCH, PIECE, WHOLE = 128, 512, (1356, 2040)
+BATCH = 16
+
+
+def training_sets(image: np.ndarray, folder: Path) -> dict[str, dict[str, DatasetBase]]:
+    """Kind of item -> form of the files -> data set; the files are written, PNG as main_prepare_data.py does."""
+    sides = zip(WHOLE, image.shape[:2], strict=True)
+    whole = np.pad(image, (*((0, max(0, most - side)) for most, side in sides), (0, 0)), mode="symmetric")
+    whole = np.ascontiguousarray(whole[: WHOLE[0], : WHOLE[1]])
+    corners = [(y, x) for y in (0, WHOLE[0] - PIECE) for x in (0, PIECE, 2 * PIECE, WHOLE[1] - PIECE)]
+    pieces = [np.ascontiguousarray(whole[y : y + PIECE, x : x + PIECE]) for y, x in corners]
+    sets: dict[str, dict[str, DatasetBase]] = {"sr": {}, "plain": {}, "blindsr": {}}
+    for name, images in ((f"pieces of {PIECE}", pieces), ("whole 2K images", [whole, whole[::-1].copy()])):
+        for suffix in ("png", "npy"):
+            root = folder / name / suffix
+            for i, H in enumerate(images):
+                for role, img in (("H", H), ("L", matlab_bicubic(H, 1 / SCALE))):
+                    (root / role).mkdir(parents=True, exist_ok=True)
+                    imsave(img, str(root / role / f"{i}.{suffix}"), png_level=3)
+            for kind, of_kind in sets.items():
+                opt = DatasetOptions(
+                    dataset_type=kind,  # type: ignore[arg-type]
+                    dataroot_H=str(root / "H"),
+                    dataroot_L=str(root / "L") if kind == "plain" else None,
+                    H_size=PATCH,
+                    scale=SCALE,
+                )
+                dataset = define_Dataset(opt)
+                assert isinstance(dataset, DatasetBase)
+                of_kind[f"{name}, {suffix}"] = dataset
+    return sets
+
+
+def degradation_alone(kind: str, image: np.ndarray, seed: int) -> None:
+    """What an item costs without any file: L of a patch that is in memory."""
+    rng = np.random.default_rng(seed)
+    H = np.ascontiguousarray(uint2single(image[:PATCH, :PATCH]))
+    if kind == "sr":
+        imresize_np(H, 1 / SCALE)
+    elif kind == "blindsr":
+        apply(H, DEGRADATIONS["bsrgan"](H.shape, SCALE, rng), rng)
+
+
+def reading_rows(image: np.ndarray, n: int) -> None:
+    print(f"{'item':<9}{'files':<24}{'median ms':>10}{'mean ms':>10}{'a second':>10}{'of PNG':>9}")
+    with tempfile.TemporaryDirectory() as folder:
+        sets = training_sets(image, Path(folder))
+        for kind, of_kind in sets.items():
+            calls: dict[str, Callable[[int], object]] = {
+                form: lambda seed, data=dataset: data[seed % len(data), (0, seed)]  # type: ignore[misc]
+                for form, dataset in of_kind.items()
+            }
+            if kind != "plain":
+                calls["L of a patch in memory"] = partial(degradation_alone, kind, image)
+            times: dict[str, list[float]] = {form: [] for form in calls}
+            for seed in range(-4, n):  # the first ones warm up
+                for form, call in calls.items():
+                    took = milliseconds(partial(call, abs(seed)))
+                    times[form] += [took] * (seed >= 0)
+            for form, spent in times.items():
+                mean = statistics.mean(spent)
+                ratio = statistics.mean(times[png]) / mean if (png := form.replace("npy", "png")) != form else 0
+                figures = f"{statistics.median(spent):>10.2f}{mean:>10.2f}{1000 / mean:>10.0f}"
+                print(f"{kind:<9}{form:<24}{figures}{f'{ratio:.1f}x' if ratio else '-':>9}")
+        print(f"\nthe loader's own, processor ms an image of batches of {BATCH} from raw pieces")
+        for kind in ("sr", "blindsr"):
+            print(f"{kind:<9}{loader_overhead(sets[kind][f'pieces of {PIECE}, npy'], max(4, n // BATCH))}")
+
+
+def loader_overhead(dataset: DatasetBase, n: int) -> str:
+    """Drawing an order and making batches, in this process; what a batch of another process costs this one."""
+    sampler = EndlessBatchSampler(len(dataset), BATCH, seed=0)
+    orders, alone = iter(sampler), iter(training_loader(dataset, sampler, 0, pin_memory=False))
+    batched, items = [], []
+    for _ in range(n):
+        batched.append(milliseconds(partial(next, alone)))
+        keys = next(orders)
+        items.append(milliseconds(lambda keys=keys: [dataset[key] for key in keys]))  # type: ignore[misc]
+    loader = iter(training_loader(dataset, sampler, 1, pin_memory=False))
+    next(loader)  # starts the process
+    fetched = [milliseconds(partial(next, loader)) for _ in range(n)]
+    own = (statistics.median(batched) - statistics.median(items)) / BATCH
+    return f"{own:.3f} over its items; {statistics.median(fetched) / BATCH:.3f} in training's process, 1 worker"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image", help="a photograph of at least 320 x 320 pixels; default: scikit-image's astronaut")
     parser.add_argument("--samples", type=int, default=60)
     parser.add_argument("--device", default="cpu", help="cuda: the batched form there as well")
+    parser.add_argument("--reading", action="store_true", help="what training items cost, instead of degradations")
     args = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
@@ -194,11 +292,15 @@ def main() -> None:
         from skimage import data
 
         image = data.astronaut()
-    images = samples(image, args.samples)
     versions = (
         f"NumPy {np.__version__}, SciPy {scipy.__version__}, OpenCV {cv2.__version__}, PyTorch {torch.__version__}"
     )
     print(f"{datetime.date.today()}, Python {platform.python_version()}, {versions}")
+    if args.reading:
+        print(f"{args.samples} items of {PATCH} x {PATCH} pixels, x{SCALE}, one thread, processor time\n")
+        reading_rows(image, args.samples)
+        return
+    images = samples(image, args.samples)
     print(f"{args.samples} samples of {SIDE} x {SIDE} pixels, x{SCALE}, one thread, processor time\n")
     cpu_rows(images, ("bsrgan", "bsrgan_light", "bsrgan_plus", "realesrgan", "realesrgan_light", "resshift"))
     print(f"\nbsrgan without noise and JPEG, both forms: they differ by {agreement(images[:20]):.4f} levels at most")

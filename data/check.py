@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from data.files import Files, list_files, quote, raise_problems
 from utils.utils_error import UserError
-from utils.utils_image import decode, dropped, get_image_paths, read_file, read_mask
+from utils.utils_image import decode, dropped, get_image_paths, image_size, read_file, read_mask
+from utils.utils_npy import RAW_SUFFIX
 from utils.utils_option import DatasetOptions
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,8 @@ def check_dataset(dataset_opt: DatasetOptions) -> None:
 def find_problems(dataset_opt: DatasetOptions) -> Problems:
     """What is the matter with a data set: files that cannot be read, too small ones, partners missing or of wrong size.
 
-    Every file is decoded, since a file cut short has a perfect header. Raises UserError for missing or empty folders
+    Every file is decoded, since a file cut short has a perfect header; only that of a raw image accounts for all its
+    bytes. Raises UserError for missing or empty folders
     and where nothing at all can be read.
     """
     return _look(dataset_opt)[0]
@@ -137,6 +139,8 @@ def _see(path: str, is_mask: bool, n_channels: int, _stamp: tuple[int, int]) -> 
     if is_mask:
         height, width = read_mask(path).shape
         return _Seen((height, width), "")
+    if path.lower().endswith(RAW_SUFFIX) and os.path.exists(path):  # its header accounts for every byte
+        return _Seen(image_size(path), "")
     data = read_file(path)
     height, width = decode(data, path, n_channels).shape[:2]
     return _Seen((height, width), " and ".join(dropped(data, path)))

@@ -15,11 +15,12 @@ from utils.utils_error import UserError
 from utils.utils_image import (
     Array,
     ImageExtras,
+    as_mask,
     augment_img,
-    imread_uint,
     modcrop,
+    open_image,
+    open_mask,
     read_image,
-    read_mask,
     single2tensor3,
 )
 from utils.utils_option import DatasetOptions
@@ -62,6 +63,8 @@ class DatasetBase(Dataset[dict[str, Any]]):
             files = self.files[(index + n) % len(self)]
             try:
                 images, extras = self.make_images(files, np.random.default_rng(seed))
+                if files.mask and "mask" in images:
+                    images["mask"] = as_mask(images["mask"], files.mask)
             except UserError as error:
                 if not self.is_train or n == len(self) - 1:
                     raise
@@ -77,16 +80,19 @@ class DatasetBase(Dataset[dict[str, Any]]):
 
     @abstractmethod
     def make_images(self, files: Files, rng: np.random.Generator) -> tuple[dict[str, Array], ImageExtras | None]:
-        """The arrays "L", "H" and perhaps "mask" of one item: float32 ``(H, W, C)`` in [0, 1]; and L's extras."""
+        """The arrays "L" and "H" of one item, float32 ``(H, W, C)`` in [0, 1], perhaps "mask" as read; L's extras."""
 
     def read(self, path: str) -> tuple[Array, ImageExtras | None]:
-        """An image, uint8 or uint16 ``(H, W, C)``; in the test phase also what else its file holds."""
+        """An image, uint8 or uint16 ``(H, W, C)``, read-only; in the test phase also what else its file holds.
+
+        In the train phase a raw image is read where it is looked at: cut it before anything else.
+        """
         if self.is_train:
-            return imread_uint(path, self.opt.n_channels), None
+            return open_image(path, self.opt.n_channels), None
         return read_image(path, self.opt.n_channels)
 
     def read_H(self, files: Files) -> tuple[dict[str, Array], ImageExtras | None]:
-        """Read "H", uint8 or uint16, and perhaps "mask", float32: ``(H, W, C)``, cut to a multiple of the scale.
+        """Read "H", uint8 or uint16, and perhaps "mask": ``(H, W, C)``, cut to a multiple of the scale.
 
         Beside them, in the test phase, the extras of an L that is made of H.
         """
@@ -94,7 +100,7 @@ class DatasetBase(Dataset[dict[str, Any]]):
         H, extras = self.read(files.H)
         images = {"H": modcrop(H, scale)}
         if files.mask:
-            images["mask"] = modcrop(read_mask(files.mask)[..., None], scale)
+            images["mask"] = modcrop(open_mask(files.mask)[..., None], scale)
         if extras and extras.alpha is not None and not files.L:
             extras = replace(extras, alpha=modcrop(extras.alpha, scale)).resized(1 / scale)
         return images, extras

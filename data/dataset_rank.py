@@ -5,7 +5,7 @@ import numpy as np
 from data.dataset_base import DatasetBase
 from data.files import Files
 from data.patches import random_window
-from utils.utils_image import Array, ImageExtras, imread_uint, uint2single
+from utils.utils_image import Array, ImageExtras, uint2single
 
 
 class DatasetRank(DatasetBase):
@@ -16,8 +16,7 @@ class DatasetRank(DatasetBase):
 
     def make_images(self, files: Files, rng: np.random.Generator) -> tuple[dict[str, Array], ImageExtras | None]:
         assert files.L is not None
-        n_channels = self.opt.n_channels
-        images = {"better": imread_uint(files.H, n_channels), "worse": imread_uint(files.L, n_channels)}
+        images = {"better": self.read(files.H)[0], "worse": self.read(files.L)[0]}
         if self.is_train:
             window = random_window(images["better"].shape, self.opt.H_size, rng)
             images = {name: window.cut(img) for name, img in images.items()}

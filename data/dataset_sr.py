@@ -22,7 +22,7 @@ class DatasetSR(DatasetBase):
             L, extras = self.read(files.L)
             L = uint2single(window.cut(L))
         else:
-            L = imresize_np(uint2single(images["H"]), 1 / scale, window=window)
+            L = imresize_np(images["H"], 1 / scale, window=window, as_single=True)
         images = {name: window.scaled(scale).cut(img) for name, img in images.items()}
         images |= {"L": L, "H": uint2single(images["H"])}
         return self.augment(images, rng) if self.is_train else images, extras

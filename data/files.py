@@ -16,6 +16,7 @@ from evaluation.metrics import METRICS
 from utils.utils_error import UserError, check_regular, printable
 from utils.utils_image import IMAGE_SUFFIXES, get_image_paths, get_mask_paths
 from utils.utils_name import cell
+from utils.utils_npy import RAW_SUFFIX
 from utils.utils_option import DatasetOptions
 
 
@@ -204,7 +205,7 @@ def _ranked_by_table(opt: DatasetOptions, problems: list[str]) -> list[_Ranked]:
         folder = table.parent / (model or "").removeprefix("'") / set_name.removeprefix("'")
         if not (image and model and value and folder.is_dir()):  # main_test.py measures bicubic, but saves no images
             continue
-        path = folder / (image if image.lower().endswith(IMAGE_SUFFIXES) else f"{image}.png")
+        path = folder / (image if image.lower().endswith((*IMAGE_SUFFIXES, RAW_SUFFIX)) else f"{image}.png")
         if not path.is_file():
             path = names_in(folder).get(image, path)
         if not path.is_file():

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,10 +14,12 @@ from PIL import Image
 from scipy.io import savemat
 from torch.utils.data import DataLoader
 
+from data import dataset_blindsr, dataset_rank, dataset_sr
 from data.check import check_dataset, find_problems
 from data.files import find_partners, group_files
 from data.select_dataset import define_Dataset
 from tests.conftest import photograph
+from utils import utils_image
 from utils.utils_error import UserError
 from utils.utils_image import (
     IMAGE_SUFFIXES,
@@ -26,6 +29,7 @@ from utils.utils_image import (
     imresize_np,
     imsave,
     modcrop,
+    read_mask,
     uint2single,
 )
 
@@ -52,6 +56,7 @@ def options(**changes):
             "camera_prob": 0.0,
             "mask_augment": True,
             "seed": 0,
+            "rank_csv": None,
             **changes,
         }
     )
@@ -229,6 +234,103 @@ def test_images_without_ground_truth(folders):
     item = define_Dataset(options(phase="test", dataset_type="l", dataroot_L=folders.L))[0]
     assert item["L"].shape == (3, 15, 20)
     assert sorted(item) == ["L", "L_extras", "L_path"]
+
+
+# --------------------------------------------------------------------------------------------------------- raw images
+
+
+def make_raw(folder):
+    """A copy of a folder of images or masks beside it, raw; -> its path."""
+    for path in Path(folder).rglob("*.*"):
+        raw = Path(f"{folder}_raw") / path.relative_to(folder).with_suffix(".npy")
+        raw.parent.mkdir(parents=True, exist_ok=True)
+        is_mask = path.suffix == ".mat"
+        imsave(read_mask(str(path)).astype(np.uint8) if is_mask else imread_uint(str(path), None), str(raw))
+    return f"{folder}_raw"
+
+
+KINDS = ("sr", "plain", "srmask", "blindsr", "blindsrmask", "rank")
+
+
+@pytest.mark.parametrize("phase", ["train", "test"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_raw_images_give_the_items_of_the_png_bit_for_bit(folders, kind, phase):
+    roots = {"dataroot_H": folders.H}
+    if kind in ("plain", "srmask"):
+        roots["dataroot_L"] = folders.L
+    if kind == "rank":
+        roots = {"dataroot_ranked": [folders.H, str(shutil.copytree(folders.H, folders.path / "worse"))]}
+    if kind.endswith("mask"):
+        roots["dataroot_H_mask"] = folders.M
+    raw_roots = {
+        key: [make_raw(r) for r in root] if isinstance(root, list) else make_raw(root) for key, root in roots.items()
+    }
+    encoded, raw = (
+        define_Dataset(options(dataset_type=kind, phase=phase, use_sharp=True, **r)) for r in (roots, raw_roots)
+    )
+    assert len(raw) == len(encoded)
+    for n in range(12):
+        item, expected = raw[(n % len(raw), (0, n))], encoded[(n % len(raw), (0, n))]
+        assert item.keys() == expected.keys()
+        assert item["H_path"].endswith(".npy")
+        for name, value in expected.items():
+            if torch.is_tensor(value):
+                assert torch.equal(item[name], value), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_reads_no_more_of_a_raw_image_than_it_cuts(folders, kind, monkeypatch):
+    H = make_raw(folders.H)
+    roots = {"dataroot_H": H}
+    if kind == "rank":
+        roots = {"dataroot_ranked": [H, str(shutil.copytree(H, folders.path / "worse"))]}
+    if kind in ("plain", "srmask"):
+        roots["dataroot_L"] = make_raw(folders.L)
+    if kind.endswith("mask"):
+        roots["dataroot_H_mask"] = make_raw(folders.M)
+    dataset = define_Dataset(options(dataset_type=kind, **roots))
+    sizes = []
+
+    def watched(img, convert=uint2single):
+        sizes.append(img.shape[:2])
+        return convert(img)
+
+    for module in (dataset_sr, dataset_blindsr, dataset_rank, utils_image):
+        monkeypatch.setattr(module, "uint2single", watched)
+    monkeypatch.setattr(utils_image, "read_file", lambda path: pytest.fail(f"{path} was read whole"))
+    for n in range(8):
+        dataset[(0, (0, n))]
+    # a patch of 32, or what the bicubic kernel needs around it: 8 pixels at each side and the rounding of both ends
+    assert max(max(size) for size in sizes) <= 32 + 2 * 10
+
+
+def test_raw_images_without_ground_truth_are_restored(folders):
+    encoded, raw = (
+        define_Dataset(options(phase="test", dataset_type="l", dataroot_L=root))[1]
+        for root in (folders.L, make_raw(folders.L))
+    )
+    assert torch.equal(raw["L"], encoded["L"])
+    assert raw["L_extras"].bits == 16
+
+
+def test_workers_and_batches_take_raw_images(folders):
+    dataset = define_Dataset(options(dataset_type="srmask", dataroot_H=make_raw(folders.H), dataroot_H_mask=folders.M))
+    batch = next(iter(DataLoader(dataset, batch_size=3)))
+    assert batch["L"].shape == (3, 3, 8, 8)
+    pickle.loads(pickle.dumps(dataset))
+
+
+def test_raw_images_that_are_cut_short_are_named_and_replaced(folders, caplog):
+    H = Path(make_raw(folders.H))
+    dataset = define_Dataset(options(dataroot_H=str(H)))
+    whole = (H / "a.npy").read_bytes()
+    (H / "a.npy").write_bytes(whole[:-1])
+    assert dataset[(0, (0, 0))]["H_path"].endswith("b.npy")
+    assert "a.npy has " in caplog.messages[0]
+    unreadable = find_problems(dataset.opt).unreadable
+    assert len(unreadable) == 1
+    assert "cut short" in unreadable[0]
+    assert len(define_Dataset(options(dataroot_H=str(H), phase="test"))) == 2
 
 
 # ------------------------------------------------------------------------------------------------------------- blind

@@ -164,6 +164,133 @@ def test_what_is_no_mask_is_named(tmp_path):
             util.read_mask(str(tmp_path / name))
 
 
+# --------------------------------------------------------------------------------------------------------- raw images
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("shape", [(9, 13, 3), (9, 13, 1), (9, 13)])
+def test_raw_images_are_read_as_they_were_saved(tmp_path, shape, dtype):
+    img = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, shape).astype(dtype)
+    ours, numpys = str(tmp_path / "ours.npy"), str(tmp_path / "numpys.npy")
+    util.imsave(img, ours)
+    np.save(numpys, img)
+    expected = img if img.ndim == 3 else img[..., None]
+    np.testing.assert_array_equal(np.load(ours, allow_pickle=False), expected)
+    for path in (ours, numpys):
+        read, extras = util.read_image(path, None)
+        for array in (util.imread_uint(path, None), util.open_image(path, None), read):
+            assert array.dtype == dtype
+            np.testing.assert_array_equal(array, expected)
+        assert extras == util.ImageExtras(8 * np.dtype(dtype).itemsize)
+        assert util.image_size(path) == (9, 13)
+        assert util.image_kind(path) == (expected.shape[2], dtype)
+        assert util.open_image(path, 3).shape == (9, 13, 3)
+        assert util.open_image(path, 1).shape == (9, 13, 1)
+
+
+class Bomb:
+    """An object that does harm where it is unpickled."""
+
+    def __reduce__(self):
+        return (pytest.fail, ("was run",))
+
+
+def npy(shape, descr="|u1", order=False, size=100, version=b"\x01\x00"):
+    header = f"{{'descr': '{descr}', 'fortran_order': {order}, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY" + version + len(header).to_bytes(2, "little") + header.encode() + bytes(size)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "damaged"),
+        (b"no image", "damaged"),
+        (npy((10, 10))[:50], "damaged"),
+        (npy((10, 10), version=b"\x02\x00"), "damaged"),
+        (npy("[" * 100), "damaged"),
+        (npy("(10,"), "damaged"),
+        (npy((10, 10), descr="?!"), "damaged"),
+        (npy((10, 10), size=99), "cut short"),
+        (npy((10, 10), size=101), "pixels"),
+        (npy((1 << 62, 1 << 62, 3)), "cut short"),
+        (npy((-10, -10)), "shape"),
+        (npy((0, 10), size=0), "shape"),
+        (npy((100,)), "shape"),
+        (npy((5, 5, 4)), "shape"),
+        (npy((2, 5, 5, 2)), "shape"),
+        (npy((10, 10), order=True), "Fortran"),
+        (npy((5, 5), descr="<f4"), "float32"),
+        (npy((10, 10), descr="|i1"), "int8"),
+        (npy((5, 5), descr=">u2", size=50), ">u2"),
+        (npy((5, 5), descr="|O", size=200), "object"),
+    ],
+)
+def test_what_is_no_raw_image_is_refused_in_one_line(tmp_path, content, message):
+    path = tmp_path / "x.npy"
+    path.write_bytes(content)
+    for read in (util.imread_uint, util.open_image, util.read_image, util.image_size, util.image_kind, util.read_mask):
+        with pytest.raises(UserError, match=f"x.npy .*{message}") as error:
+            read(str(path))
+        assert "\n" not in str(error.value)
+    if content:
+        with pytest.raises(UserError, match=r"x\.npy"):
+            util.decode(np.frombuffer(content, np.uint8), str(path))
+
+
+def test_objects_in_a_raw_image_are_not_unpickled(tmp_path):
+    np.save(tmp_path / "x.npy", np.array([[Bomb()]], object), allow_pickle=True)
+    for read in (util.imread_uint, util.open_image):
+        with pytest.raises(UserError, match="object values"):
+            read(str(tmp_path / "x.npy"))
+
+
+def test_more_pixels_than_are_read_are_refused_of_raw_images_too(tmp_path, monkeypatch):
+    util.imsave(smooth_image(), str(tmp_path / "x.npy"))
+    monkeypatch.setattr(util, "MAX_PIXELS", 2000)
+    for read in (util.imread_uint, util.image_size):
+        with pytest.raises(UserError, match="megapixels"):
+            read(str(tmp_path / "x.npy"))
+
+
+def test_raw_images_count_only_where_there_are_no_others(tmp_path, caplog):
+    for name in ("H/a.npy", "H/sub/b.NPY", "photos/a.png", "photos/a.npy", "photos/sub/features.npy"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    raw = [str(tmp_path / "H/a.npy"), str(tmp_path / "H/sub/b.NPY")]
+    photos, photo = str(tmp_path / "photos"), str(tmp_path / "photos/a.png")
+    assert util.get_image_paths(str(tmp_path / "H")) == raw
+    assert not caplog.messages
+    assert util.get_image_paths(photos) == [photo]
+    assert caplog.messages == [f"{photos}: 2 files of other kinds were not read (.npy)"]
+    assert util.get_image_paths([raw[0], photos]) == [raw[0], photo]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts this process's open files as Linux shows them")
+def test_raw_images_do_not_stay_open_and_are_not_written_to(tmp_path):
+    path = str(tmp_path / "x.npy")
+    util.imsave(smooth_image(), path)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    pieces = [util.uint2single(util.open_image(path)[2:7, 3:9]) for _ in range(50)]
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    pieces[0][:] = 0
+    with pytest.raises(ValueError, match="read-only"):
+        util.open_image(path)[:] = 0
+
+
+def test_raw_masks_are_read_and_stand_behind_mat(tmp_path):
+    mask = np.random.default_rng(0).integers(0, 2, (9, 13), np.uint8)
+    for name, values in (("m1", mask), ("m255", 255 * mask), ("three", mask + mask[::-1])):
+        util.imsave(values, str(tmp_path / f"{name}.npy"))
+    for name in ("m1", "m255"):
+        np.testing.assert_array_equal(util.read_mask(str(tmp_path / f"{name}.npy")), mask)
+    with pytest.raises(UserError, match=r"three\.npy is not an edge mask"):
+        util.read_mask(str(tmp_path / "three.npy"))
+    (tmp_path / "m1.png").touch()
+    assert len(util.get_mask_paths(str(tmp_path))) == 3
+    (tmp_path / "m1.mat").touch()
+    assert util.get_mask_paths(str(tmp_path)) == [str(tmp_path / "m1.mat")]
+
+
 # ------------------------------------------------------------------------------------------- numbers, arrays, tensors
 
 

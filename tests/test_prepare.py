@@ -26,7 +26,7 @@ from main_prepare_data import main
 from tests.conftest import photograph
 from utils import utils_lmdb
 from utils.utils_error import UserError
-from utils.utils_image import get_image_paths, image_size, imread_uint, imsave, modcrop, read_mask
+from utils.utils_image import get_image_paths, get_mask_paths, image_size, imread_uint, imsave, modcrop, read_mask
 from utils.utils_option import DatasetOptions
 
 
@@ -233,7 +233,13 @@ def test_a_plus_in_the_name_of_an_H_would_cut_it_short(tmp_path, photos, capsys)
 
 # ------------------------------------------------------------------------------------------------ stopping and going on
 
-STEPS = ("subimages --size 32 --step 16", "masks --format both", "lr-bicubic", "lr-blind --type bsrgan --versions 3")
+STEPS = (
+    "subimages --size 32 --step 16",
+    "subimages --size 32 --step 16 --format npy",
+    "masks --format both",
+    "lr-bicubic",
+    "lr-blind --type bsrgan --versions 3",
+)
 
 
 @pytest.mark.parametrize("command", STEPS)
@@ -262,6 +268,87 @@ def test_a_killed_preparation_goes_on_to_the_same_result(tmp_path, photos, comma
     assert any(name.endswith(".part") for name in before)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "subimages --size 32 --step 16",
+        "multiscale --shortest 30 --min_side 20",
+        "modcrop",
+        "lr-bicubic",
+        "lr-blind --type bsrgan --versions 2",
+        "enlarge --scale 2",
+    ],
+)
+def test_raw_images_hold_the_pixels_of_the_png(tmp_path, photos, command):
+    imsave(photograph(41, 40)[..., 0], str(photos / "gray.png"))
+    imsave(photograph(40, 45).astype(np.uint16) * 257, str(photos / "deep.png"))
+    for kind in ("png", "npy"):
+        assert prepare(f"{command} --format {kind}", photos, tmp_path / kind) == 0
+    raw, encoded = (get_image_paths(str(tmp_path / kind)) for kind in ("npy", "png"))
+    assert [path[:-4].replace("/npy/", "/png/") for path in raw] == [path[:-4] for path in encoded]
+    for path, other in zip(raw, encoded, strict=True):
+        img, expected = np.load(path, allow_pickle=False), imread_uint(other, None)
+        assert img.dtype == expected.dtype
+        np.testing.assert_array_equal(img, expected, err_msg=path)
+
+
+def test_raw_pairs_and_masks_hold_what_the_others_do(tmp_path, photos):
+    assert prepare("lr-bicubic", photos, tmp_path / "L") == 0
+    assert prepare("masks", photos, tmp_path / "mat") == prepare("masks --format npy", photos, tmp_path / "npy") == 0
+    for kind in ("png", "npy"):
+        pairs = f"subimages --size 32 --step 16 --format {kind} --L {tmp_path / 'L'}"
+        assert prepare(pairs, photos, tmp_path / f"pairs_{kind}") == 0
+    raw = get_image_paths(str(tmp_path / "pairs_npy"))
+    assert {Path(path).parent.name for path in raw} >= {"H", "L"}
+    for path in raw:
+        other = path.replace("pairs_npy", "pairs_png").replace(".npy", ".png")
+        np.testing.assert_array_equal(np.load(path), imread_uint(other))
+    masks = get_mask_paths(str(tmp_path / "npy"))
+    assert len(masks) == 3
+    for path in masks:
+        np.testing.assert_array_equal(read_mask(path), read_mask(path.replace("npy", "mat")))
+
+
+@pytest.mark.parametrize("command", ["subimages --size 32 --step 16", "lr-bicubic", "lr-blind --type bsrgan", "masks"])
+def test_the_bytes_of_raw_images_are_said_before_any_is_written(tmp_path, photos, command, capsys, monkeypatch):
+    gray = Image.fromarray(photograph(41, 40)[..., 0])
+    gray.save(photos / "gray.png")
+    gray.save(photos / "key.png", transparency=3)  # RGB to OpenCV
+    gray.save(photos / "gray.jpg.jpeg")
+    Image.fromarray(photograph(44, 40)).convert("CMYK").save(photos / "cmyk.jpg")
+    Image.fromarray(photograph(44, 40)).save(photos / "colour.tif")
+    imsave(photograph(40, 45).astype(np.uint16) * 257, str(photos / "deep.png"))
+    (photos / "bad.png").write_text("no image")
+    claimed = []
+    claim = run.claim
+    monkeypatch.setattr(run, "claim", lambda *a: (claimed.append(capsys.readouterr().out), claim(*a)))
+    assert prepare(f"{command} --format npy", photos, tmp_path / "out") == 1
+    size = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*.npy"))
+    assert f" MiB ({size:,} bytes) to write, " in claimed[0]
+    capsys.readouterr()
+    prepare(f"{command} --format npy --dry-run", photos, tmp_path / "out")
+    assert "(0 bytes) to write" in capsys.readouterr().out
+
+
+def test_an_lmdb_of_raw_images_reads_like_the_folder(tmp_path, photos):
+    assert prepare("modcrop --format npy", photos, tmp_path / "raw") == 0
+    assert prepare("lmdb", tmp_path / "raw", tmp_path / "raw.lmdb") == 0
+    raw, packed = (get_image_paths(str(tmp_path / name)) for name in ("raw", "raw.lmdb"))
+    assert len(packed) == len(raw) == 3
+    for path, other in zip(raw, packed, strict=True):
+        np.testing.assert_array_equal(imread_uint(other), np.load(path))
+        assert image_size(other) == image_size(path)
+
+
+@pytest.mark.parametrize("how", ["", "--dry-run"])
+def test_raw_images_that_the_disk_cannot_hold_are_not_begun(tmp_path, photos, monkeypatch, how):
+    disk = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: disk)
+    with pytest.raises(UserError, match=r"subimages: .* to write, 0\.0 MiB \(1,000 bytes\) free on the disk of .*out"):
+        prepare(f"subimages --size 32 --format npy {how}", photos, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_finished_files_are_counted_and_left_alone(tmp_path, photos, capsys):
     prepare("modcrop", photos, tmp_path / "out")
     (tmp_path / "out/b.png").unlink()
@@ -286,6 +373,7 @@ def test_an_image_that_changed_afterwards_is_named(tmp_path, photos, capsys):
         ("masks", "masks --threshold 8", r"threshold 20\.0, not 8\.0; give another --output"),
         ("masks", "modcrop", "masks, not modcrop"),
         ("lr-blind --type bsrgan", "lr-blind --type bsrgan --seed 3", "seed 0, not 3"),
+        ("modcrop --format npy", "modcrop", "format npy, not None"),
         (None, "masks", "holds files that were not prepared by this program"),
     ],
 )

@@ -2,7 +2,8 @@
 
 The names and meanings are those of KAIR (https://github.com/cszn/KAIR, ``utils/utils_image.py``). An image is an array
 ``(H, W)`` or ``(H, W, C)`` in RGB order: ``uint8`` or ``uint16`` on disk, ``single`` (float32 in [0, 1]) in memory.
-An LMDB folder (``X.lmdb``, see utils_lmdb.py) reads like a folder of images everywhere.
+An LMDB folder (``X.lmdb``, see utils_lmdb.py) reads like a folder of images everywhere; so does one of raw images
+(``.npy``, see utils_npy.py).
 """
 
 import logging
@@ -32,6 +33,7 @@ from scipy.sparse import csr_array
 from utils import utils_lmdb
 from utils.utils_error import UserError, check_regular
 from utils.utils_icc import foreign_profile
+from utils.utils_npy import RAW_SUFFIX, decode_npy, encode_npy, is_npy, map_npy, npy_facts
 from utils.utils_png import GRAY, GRAY_ALPHA, encode_png, png_chunks, png_kind
 from utils.utils_tiff import TiffFacts, is_tiff, read_tiff, tiff_facts, upright
 
@@ -67,40 +69,46 @@ warnings.filterwarnings("ignore", module="PIL")
 def get_image_paths(dataroot: str | Sequence[str] | None) -> list[str]:
     """All image files below one folder or several, sorted within each; a single file or LMDB folder stands for itself.
 
+    ``.npy`` files are images in a folder where there are no others: beside photographs they are masks, or features.
     Hidden files and folders, and those that systems make (``@eaDir``, ``__MACOSX``), are left out. Files of other kinds
     and folders that cannot be read are counted in a warning. None gives an empty list.
 
     Raises UserError for a path that is missing or holds no image.
     """
-    return _find_files(dataroot, IMAGE_SUFFIXES, "images")
+    return _find_files(dataroot, IMAGE_SUFFIXES, "images", or_else=RAW_SUFFIX)
 
 
 def get_mask_paths(dataroot: str | Sequence[str] | None) -> list[str]:
-    """All edge masks below one folder or several: its ``.mat`` files or, where there are none, its ``.png`` files.
+    """All edge masks below one folder or several: its ``.mat`` files or, where there are none, ``.npy``, then ``.png``.
 
-    Mask scripts write both side by side, the PNG only to look at. Errors are those of :func:`get_image_paths`.
+    Mask scripts write .mat and .png side by side, the PNG only to look at. Errors are those of :func:`get_image_paths`.
     """
-    found = _find_files(dataroot, (".mat", ".png"), "edge masks")
-    return [path for path in found if path.lower().endswith(".mat")] or found
+    kinds = (".mat", RAW_SUFFIX, ".png")
+    found = _find_files(dataroot, kinds, "edge masks")
+    return next(filter(None, ([path for path in found if path.lower().endswith(kind)] for kind in kinds)), [])
 
 
-def _find_files(dataroot: str | Sequence[str] | None, suffixes: tuple[str, ...], what: str) -> list[str]:
+def _find_files(
+    dataroot: str | Sequence[str] | None, suffixes: tuple[str, ...], what: str, or_else: str | None = None
+) -> list[str]:
     if dataroot is None:
         return []
     if not isinstance(dataroot, str):
-        return [path for root in dataroot for path in _find_files(root, suffixes, what)]
-    wanted = f"put {what} there ({' '.join(suffix[1:] for suffix in suffixes)}; sub-folders count) or change the option"
+        return [path for root in dataroot for path in _find_files(root, suffixes, what, or_else)]
+    all_suffixes = (*suffixes, or_else) if or_else else suffixes
+    kinds = " ".join(suffix[1:] for suffix in all_suffixes)
+    wanted = f"put {what} there ({kinds}; sub-folders count) or change the option"
     if os.path.isfile(dataroot):
-        if not dataroot.lower().endswith(suffixes):
+        if not dataroot.lower().endswith(all_suffixes):
             raise UserError(f"{dataroot} is not one of the {what} that can be read: {wanted}")
         return [dataroot]
     if not os.path.isdir(dataroot):
         raise UserError(f"{dataroot} does not exist: {wanted}")
     if utils_lmdb.is_lmdb(dataroot):
         listed = utils_lmdb.list_lmdb(dataroot.rstrip("/" + os.sep))
-        found = [path for path in listed if path.lower().endswith(suffixes)]
+        found = [path for path in listed if path.lower().endswith(all_suffixes)]
     else:
-        below = walk(dataroot, suffixes)
+        below = walk(dataroot, suffixes, or_else)
         found = below.found
         if below.closed:
             _warn_once(f"{dataroot}: {_counted(len(below.closed), 'folder')} cannot be read ({below.closed[0]})")
@@ -146,12 +154,14 @@ def _is_meant(name: str) -> bool:
     return not name.startswith(".") and name.lower() not in _SYSTEM
 
 
-def walk(root: str, suffixes: tuple[str, ...]) -> Below:
+def walk(root: str, suffixes: tuple[str, ...], or_else: str | None = None) -> Below:
     """All files below a folder, sorted; hidden files and folders, and those that systems make, are left out.
 
+    Where none has one of the ``suffixes``, those that end in ``or_else`` are found.
     Links to folders are followed; a folder that is reached again, by whatever link, is not read again.
     """
     found: list[str] = []
+    second: list[str] = []
     others: Counter[str] = Counter()
     closed: list[str] = []
     seen: set[str] = set()
@@ -177,9 +187,13 @@ def walk(root: str, suffixes: tuple[str, ...]) -> Below:
             for name in filter(_is_meant, names):
                 if name.lower().endswith(suffixes):
                     found.append(os.path.join(folder, name))
+                elif or_else and name.lower().endswith(or_else):
+                    second.append(os.path.join(folder, name))
                 elif name not in _OWN:
                     others[os.path.splitext(name)[1].lower() or "no suffix"] += 1
-    return Below(sorted(found), others, closed)
+    if found and or_else and second:
+        others[or_else] += len(second)
+    return Below(sorted(found or second), others, closed)
 
 
 def read_file(path: str) -> NDArray[np.uint8]:
@@ -188,10 +202,17 @@ def read_file(path: str) -> NDArray[np.uint8]:
     if place:
         return np.frombuffer(utils_lmdb.read_lmdb(*place), np.uint8)
     check_regular(path)
+    if _is_raw(path):
+        _check_pixels(prod(npy_facts(path).shape[:2]), path)
     try:
         return np.fromfile(path, dtype=np.uint8)  # cv2.imread cannot open every path on Windows
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _is_raw(path: str) -> bool:
+    """Whether a path is called as a raw image is, and is a file of its own."""
+    return path.lower().endswith(RAW_SUFFIX) and not utils_lmdb.split_path(path)
 
 
 @dataclass(frozen=True)
@@ -224,6 +245,14 @@ def imread_uint(path: str, n_channels: int | None = 3) -> Array:
     read, or has more than MAX_PIXELS.
     """
     return decode(read_file(path), path, n_channels)
+
+
+def open_image(path: str, n_channels: int | None = 3) -> Array:
+    """:func:`imread_uint`, to cut a piece from: of a raw image with so many channels only the piece's rows are read.
+
+    Such an array is read-only; its file is closed when the last view of it is gone.
+    """
+    return _with_channels(map_npy(path), n_channels) if _is_raw(path) else imread_uint(path, n_channels)
 
 
 def read_image(path: str, n_channels: int | None = 3) -> tuple[Array, ImageExtras]:
@@ -273,7 +302,9 @@ def _decode(
     alpha: Array | None = None
     try:
         header = read_header(data, path)
-        if isinstance(header, TiffFacts):
+        if is_npy(data):
+            img = decode_npy(data, path)
+        elif isinstance(header, TiffFacts):
             img, alpha = read_tiff(data, path)
         elif header is not None and header.format in _PILLOWS:
             # OpenCV 4 refuses animated WebP and ignores WebP's EXIF rotation
@@ -295,10 +326,15 @@ def _decode(
         raise bad
     if img.dtype not in (np.uint8, np.uint16):
         raise UserError(f"{path} holds {img.dtype} values: save it with 8 or 16 bits a channel")
+    return _with_channels(img, n_channels), alpha, header
+
+
+def _with_channels(img: Array, n_channels: int | None) -> Array:
+    """Gray ``(H, W)``, ``(H, W, 1)`` or RGB to ``(H, W, n_channels)``."""
     channels = 1 if img.ndim == 2 else img.shape[2]
     if n_channels is not None and channels != n_channels:
         img = cv2.cvtColor(img, cv2.COLOR_RGB2GRAY if channels == 3 else cv2.COLOR_GRAY2RGB)
-    return img if img.ndim == 3 else img[..., None], alpha, header
+    return img if img.ndim == 3 else img[..., None]
 
 
 def read_header(data: NDArray[np.uint8], path: str) -> Image.Image | TiffFacts | None:
@@ -310,7 +346,7 @@ def read_header(data: NDArray[np.uint8], path: str) -> Image.Image | TiffFacts |
         facts = tiff_facts(data)
         _check_pixels(prod(facts.size), path)
         return facts
-    return _pillow_header(BytesIO(data.tobytes()), path)
+    return None if is_npy(data) else _pillow_header(BytesIO(data.tobytes()), path)
 
 
 def _pillow_header(file: IO[bytes], path: str) -> Image.Image | None:
@@ -378,6 +414,10 @@ def image_size(path: str) -> tuple[int, int]:
 
     Raises UserError for a file whose header cannot be read; the rest of it may still be damaged.
     """
+    if _is_raw(path):
+        height, width, _ = npy_facts(path).shape
+        _check_pixels(height * width, path)
+        return height, width
     header: Image.Image | TiffFacts | None = None
     try:
         if utils_lmdb.split_path(path):
@@ -399,6 +439,31 @@ def image_size(path: str) -> tuple[int, int]:
     return height, width
 
 
+def image_kind(path: str) -> tuple[int, np.dtype[Any]]:
+    """Channels and dtype of what :func:`imread_uint` of all its channels would return.
+
+    From the header of a PNG, a JPEG or a raw image; others are decoded. Raises UserError where a file cannot be read.
+    """
+    if _is_raw(path):
+        facts = npy_facts(path)
+        return facts.shape[2], facts.dtype
+    if not utils_lmdb.split_path(path):
+        check_regular(path)
+        try:
+            with open(path, "rb") as file:
+                bits, colour = png_kind(np.frombuffer(file.read(64), np.uint8))
+                header = _pillow_header(file, path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+        is_keyed = header is not None and "transparency" in header.info  # gray is then RGB to some versions of OpenCV
+        if bits and header is not None and not (colour == GRAY and is_keyed):
+            return 1 if colour in (GRAY, GRAY_ALPHA) else 3, np.dtype(np.uint16 if bits == 16 else np.uint8)
+        if header is not None and header.format in ("JPEG", "MPO"):
+            return 1 if header.mode == "L" else 3, np.dtype(np.uint8)
+    img = imread_uint(path, None)
+    return img.shape[2], img.dtype
+
+
 def _jpeg_is_cut_short(data: Array) -> bool:
     """OpenCV 4 fills the missing part of a JPEG with gray and reports success."""
     encoded = data.tobytes()
@@ -415,6 +480,8 @@ def _jpeg_is_cut_short(data: Array) -> bool:
 def imsave(img: Array, img_path: str, png_level: int | None = None, extras: ImageExtras | None = None) -> None:
     """Write an RGB ``(H, W, 3)`` or gray ``(H, W)``, ``(H, W, 1)`` image, uint8 or uint16, whole or not at all.
 
+    The suffix says how; ``.npy`` is raw.
+
     Args:
         png_level: how hard PNG is compressed, 0 to 9; None = OpenCV's, fast. 3 saves a tenth for thrice the time.
         extras: alpha (of the image's size and dtype) and colour profile, which a PNG takes along; its ``bits`` do not
@@ -425,9 +492,9 @@ def imsave(img: Array, img_path: str, png_level: int | None = None, extras: Imag
     if img.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"imsave takes uint8 or uint16, not {img.dtype}; convert with single2uint or tensor2uint")
     suffix = os.path.splitext(img_path)[1].lower()
-    if suffix not in _WRITTEN:
+    if suffix not in (*_WRITTEN, RAW_SUFFIX):
         raise UserError(f"{img_path}: no image format is called {suffix!r}; use one of {' '.join(_WRITTEN)}")
-    if img.dtype == np.uint16 and suffix not in (".png", ".tif", ".tiff"):
+    if img.dtype == np.uint16 and suffix not in (".png", ".tif", ".tiff", RAW_SUFFIX):
         raise UserError(f"{img_path}: {suffix} holds 8 bits a channel; use .png or .tif for 16")
     is_rgb = img.ndim == 3 and img.shape[2] == 3
     if suffix == ".png":
@@ -435,6 +502,8 @@ def imsave(img: Array, img_path: str, png_level: int | None = None, extras: Imag
         if extras.alpha is not None:
             img = np.dstack([img, extras.alpha])
         encoded = encode_png(img, png_level, extras.icc, extras.cicp)
+    elif suffix == RAW_SUFFIX:
+        encoded = encode_npy(img)
     else:
         encoded = cv2.imencode(suffix, cv2.cvtColor(img, cv2.COLOR_RGB2BGR) if is_rgb else img)[1].tobytes()
     write_file(encoded, img_path)
@@ -460,6 +529,11 @@ def read_mask(path: str) -> NDArray[np.float32]:
 
     Raises UserError for a file that is unreadable or holds other values.
     """
+    return as_mask(open_mask(path), path)
+
+
+def open_mask(path: str) -> Array:
+    """The numbers ``(H, W)`` of an edge mask, for :func:`as_mask`; of a raw one only those looked at are read."""
     if path.lower().endswith(".mat"):
         content = read_file(path).tobytes()
         _check_unpacked(content, path)
@@ -467,18 +541,29 @@ def read_mask(path: str) -> NDArray[np.float32]:
             for name, shape, _ in whosmat(BytesIO(content)):
                 if name == "mat":
                     _check_pixels(prod(shape), path)
-            mask = loadmat(BytesIO(content), variable_names=["mat"])["mat"]
+            mask: Array = loadmat(BytesIO(content), variable_names=["mat"])["mat"]
         except KeyError as error:
             raise UserError(f'{path} has no variable "mat": write the edge mask under that name') from error
         # scipy meets a damaged file with whatever its parser stumbled over
         except (OSError, ValueError, TypeError, NotImplementedError, EOFError, MatReadError) as error:
             raise UserError(f"{path} cannot be read as a MATLAB file: make the edge mask again") from error
     else:
-        mask = imread_uint(path, n_channels=1)[..., 0]
+        mask = open_image(path, n_channels=1)[..., 0]
+    if mask.ndim != 2:
+        raise _no_mask(path)
+    return mask
+
+
+def as_mask(mask: Array, path: str) -> NDArray[np.float32]:
+    """An edge mask, or a part of it, of 0/1 or 0/255 as {0, 1}. Raises UserError where it has other values."""
     on = mask == (255 if mask.size and mask.max() > 1 else 1)
-    if mask.ndim != 2 or not np.all(on | (mask == 0)):
-        raise UserError(f"{path} is not an edge mask: it must be one plane of 0 and 1, or 0 and 255")
+    if not np.all(on | (mask == 0)):
+        raise _no_mask(path)
     return on.astype(np.float32)
+
+
+def _no_mask(path: str) -> UserError:
+    return UserError(f"{path} is not an edge mask: it must be one plane of 0 and 1, or 0 and 255")
 
 
 def _check_unpacked(content: bytes, path: str) -> None:
@@ -647,12 +732,17 @@ def _bicubic_matrix(n_in: int, scale: float, antialiasing: bool, dtype: DTypeLik
 
 
 def imresize_np(
-    img: Array, scale: float, antialiasing: bool = True, window: tuple[int, int, int, int] | None = None
+    img: Array,
+    scale: float,
+    antialiasing: bool = True,
+    window: tuple[int, int, int, int] | None = None,
+    as_single: bool = False,
 ) -> Array:
     """Resize ``(H, W)`` or ``(H, W, C)`` as MATLAB's ``imresize(img, scale, 'bicubic')``, without clipping or rounding.
 
     The result is ``ceil(size * scale)`` large, float64 for float64, else float32. ``window`` = (top, left, height,
-    width) of the result computes only that part, bit for bit the same.
+    width) of the result computes only that part, bit for bit the same, and looks only at what that needs.
+    ``as_single`` takes uint8 or uint16 as :func:`uint2single` makes them.
     """
     dtype = np.float64 if img.dtype == np.float64 else np.float32
     height, width = img.shape[:2]
@@ -660,12 +750,27 @@ def imresize_np(
     columns = _bicubic_matrix(width, scale, antialiasing, dtype)
     if window is not None:
         top, left, n_rows, n_columns = window
-        rows, columns = rows[top : top + n_rows], columns[left : left + n_columns]
+        rows, used_rows = _part(rows, top, n_rows)
+        columns, used_columns = _part(columns, left, n_columns)
+        img = img[used_rows, used_columns]
+        height, width = img.shape[:2]
+    if as_single:
+        img = uint2single(img)
     resized = rows @ img.reshape(height, -1).astype(dtype, copy=False)
     resized = resized.reshape(len(resized), width, -1).swapaxes(0, 1)  # (W, h, C): the other axis comes first
     resized = columns @ resized.reshape(width, -1)
     resized = resized.reshape(columns.shape[0], rows.shape[0], -1).swapaxes(0, 1)
     return np.ascontiguousarray(resized).reshape(*resized.shape[:2], *img.shape[2:])
+
+
+def _part(matrix: csr_array, first: int, count: int) -> tuple[csr_array, slice]:
+    """So many rows of the matrix, and which of its columns they need; the others are left out."""
+    starts = matrix.indptr[first : first + count + 1]  # scipy's own indexing takes twice the time
+    entries = slice(starts[0], starts[-1])
+    inputs = matrix.indices[entries]
+    used = slice(int(inputs.min()), int(inputs.max()) + 1)
+    shape = (len(starts) - 1, used.stop - used.start)
+    return csr_array((matrix.data[entries], inputs - used.start, starts - starts[0]), shape=shape), used
 
 
 def imresize(img: torch.Tensor, scale: float, antialiasing: bool = True) -> torch.Tensor:

@@ -12,6 +12,7 @@ A step (``steps.py``) says which files it makes of an image, and makes them. Her
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -71,6 +72,15 @@ class Step(ABC):
     example: ClassVar[str]
     keeps_records: ClassVar[bool] = False  # every product has a record, collected in manifest.jsonl
 
+    @property
+    def is_raw(self) -> bool:
+        """Whether the files are raw: large, and :meth:`room` knows beforehand how large."""
+        return False
+
+    def room(self, path: str, name: str, wanted: Sequence[str]) -> int:
+        """Bytes that those of :meth:`outputs` that are ``wanted`` will take; only of a step that :attr:`is_raw`."""
+        raise NotImplementedError
+
     def settings(self) -> dict[str, Any]:
         return asdict(self)  # type: ignore[call-overload]
 
@@ -118,12 +128,14 @@ def prepare(step: Step, inputs: Sequence[str], output: Path, workers: int, dry_r
     read, roots = [*paths, *get_image_paths(step.also_read())], [*inputs, *step.also_read()]
     check_output(output, read, roots, [SETTINGS, RECORDS, *step.folders(names)])
     check_settings(step.command, step.settings(), inputs, output)
-    if dry_run:
-        return _dry_run(step, paths, names, output)
-    claim(step.command, step.settings(), inputs, output)
     journal = _Journal(output / RECORDS) if step.keeps_records else None
-    tally = Tally(step.command, output)
     images = _images(paths, names, journal)
+    if step.is_raw:
+        _check_room(step, images, output, workers)
+    if dry_run:
+        return _dry_run(step, images, output)
+    claim(step.command, step.settings(), inputs, output)
+    tally = Tally(step.command, output)
     for outcome in run_all(partial(_apply, step, output), images, workers, step.command):
         tally.add(outcome)
         if journal:
@@ -147,6 +159,30 @@ def _images(paths: Sequence[str], names: Sequence[str], journal: "_Journal | Non
         recorded = None if journal is None else frozenset(journal.files_of(name + Path(path).suffix))
         images.append(_Image(path, name, recorded))
     return images
+
+
+def _check_room(step: Step, images: Sequence["_Image"], output: Path, workers: int) -> None:
+    """Say how many bytes will be written. Raises UserError where the disk has not so many."""
+    needed = sum(run_all(partial(_room, step, output), images, workers, f"{step.command}: sizes"))
+    place = next(folder for folder in (output, *output.resolve().parents) if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    line = f"{step.command}: {_size(needed)} to write, {_size(free)} free on the disk of {printable(str(output))}"
+    if needed > free:
+        raise UserError(f"{line}; give an --output on a larger disk, or make PNG, which take less")
+    print(line, flush=True)
+
+
+def _room(step: Step, output: Path, image: "_Image") -> int:
+    """Bytes of what is missing of one image, 0 for one that is bad; in a worker."""
+    try:
+        wanted, _ = _missing(step, output, image)
+        return step.room(image.path, image.name, wanted) if wanted else 0
+    except IMAGE_ERRORS:  # named when it is its turn
+        return 0
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB ({size:,} bytes)"
 
 
 def _apply(step: Step, output: Path, image: _Image) -> Outcome:
@@ -210,11 +246,10 @@ def one_line(path: str, error: Exception) -> str:
     return text if name in text else f"{name}: {text}"
 
 
-def _dry_run(step: Step, paths: Sequence[str], names: Sequence[str], output: Path) -> int:
+def _dry_run(step: Step, images: Sequence[_Image], output: Path) -> int:
     """Say what would be made; returns 1 where headers are bad."""
     tally, shown = Tally(step.command, output), 0
-    journal = _Journal(output / RECORDS) if step.keeps_records else None
-    for image in _images(paths, names, journal):
+    for image in images:
         path = image.path
         try:
             wanted, present = _missing(step, output, image)

@@ -1,15 +1,17 @@
 """The steps of preparing data: multi-scale versions, sub-images, edge masks, low-quality images.
 
 The figures are those of the SSL paper's data (https://arxiv.org/abs/2408.05713) unless they are said to be others'.
-data/preparation/run.py runs a step over a folder. Bit depth and number of channels are kept; outputs are PNG.
+data/preparation/run.py runs a step over a folder. Bit depth and number of channels are kept; images are PNG or raw
+(utils_npy.py).
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -18,7 +20,8 @@ from data.degradations.select_degradation import DEGRADATIONS, degrade_image
 from data.files import list_files
 from data.preparation.run import Product, Step, option
 from utils.utils_error import UserError
-from utils.utils_image import Array, image_size, imread_uint, imresize_np, modcrop, uint2tensor4
+from utils.utils_image import Array, image_kind, image_size, imread_uint, imresize_np, modcrop, uint2tensor4
+from utils.utils_npy import npy_size
 from utils.utils_option import DatasetOptions
 from utils.utils_ssl import edge_mask
 
@@ -63,11 +66,51 @@ def level(text: str) -> float:
 level.__name__ = "finite number:"
 
 
+class Source(NamedTuple):
+    """What a file is made of, and its own size."""
+
+    path: str
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageStep(Step):
+    """A step that makes images with the channels and the bit depth of what they are made of."""
+
+    format: str = option("png", "npy: raw, large and quick to read in training", choices=("png", "npy"))
+
+    def settings(self) -> dict[str, Any]:
+        settings = super().settings()
+        return settings if self.is_raw else {key: settings[key] for key in settings if key != "format"}
+
+    @property
+    def is_raw(self) -> bool:
+        return self.format == "npy"
+
+    @abstractmethod
+    def sources(self, path: str, name: str) -> dict[str, Source]:
+        """The files to make of the image ``path``, whose own name is ``name``; reads headers at most."""
+
+    def outputs(self, path: str, name: str) -> list[str]:
+        return list(self.sources(path, name))
+
+    def room(self, path: str, name: str, wanted: Sequence[str]) -> int:
+        sources = {file: source for file, source in self.sources(path, name).items() if file in wanted}
+        kinds = {source.path: self.kind(source.path) for source in sources.values()}
+        sizes = ((*source[1:], *kinds[source.path]) for source in sources.values())
+        return sum(npy_size((height, width, channels), dtype) for height, width, channels, dtype in sizes)
+
+    def kind(self, source: str) -> tuple[int, np.dtype[Any]]:
+        """Channels and dtype of what is made of an image."""
+        return image_kind(source)
+
+
 # -------------------------------------------------------------------------------------------------------- multi-scale
 
 
 @dataclass(frozen=True)
-class Multiscale(Step):
+class Multiscale(ImageStep):
     """smaller versions of each image
 
     name.png is the image itself, nameT0.png, nameT1.png, ... are smaller by the
@@ -84,8 +127,8 @@ class Multiscale(Step):
     original: bool = True
     shortest_name: str = "S"
 
-    def outputs(self, path: str, name: str) -> list[str]:
-        return list(self._sizes(name, image_size(path)))
+    def sources(self, path: str, name: str) -> dict[str, Source]:
+        return {file: Source(path, *size) for file, size in self._sizes(name, image_size(path)).items()}
 
     def make(self, path: str, name: str, wanted: Sequence[str]) -> Iterator[Product]:
         img = imread_uint(path, None)
@@ -106,7 +149,7 @@ class Multiscale(Step):
             kept[self.shortest_name] = (self.shortest, int(self.shortest * (width / height)))
         else:
             kept[self.shortest_name] = (int(self.shortest * (height / width)), self.shortest)
-        return {f"{name}{ending}.png": sides for ending, sides in kept.items()}
+        return {f"{name}{ending}.{self.format}": sides for ending, sides in kept.items()}
 
 
 def _check_area(height: int, width: int) -> None:
@@ -135,7 +178,7 @@ def lanczos(img: Array, height: int, width: int) -> Array:
 
 
 @dataclass(frozen=True)
-class Subimages(Step):
+class Subimages(ImageStep):
     """square pieces of each image
 
     name_s001.png, name_s002.png, ..., row by row. Where a rest is left at the
@@ -148,15 +191,21 @@ class Subimages(Step):
     step: int = option(256, "pixels from one to the next", type=at_least(1))
     threshold: int = option(0, "a rest of so many pixels gets no pieces of its own", type=at_least(0))
 
-    def outputs(self, path: str, name: str) -> list[str]:
-        return [f"{name}_s{i:03d}.png" for i in range(1, 1 + len(self._corners(image_size(path))))]
+    def sources(self, path: str, name: str) -> dict[str, Source]:
+        return {file: Source(image, side, side) for file, image, _, _, side in self._pieces(path, name)}
 
     def make(self, path: str, name: str, wanted: Sequence[str]) -> Iterator[Product]:
-        img = imread_uint(path, None)
-        height, width = img.shape[:2]
-        for i, (y, x) in enumerate(self._corners((height, width)), 1):
-            if (file := f"{name}_s{i:03d}.png") in wanted:
-                yield Product(file, np.ascontiguousarray(img[y : y + self.size, x : x + self.size]))
+        source, img = "", np.empty(0)
+        for file, image, y, x, side in self._pieces(path, name):
+            if file in wanted:
+                if image != source:
+                    source, img = image, imread_uint(image, None)
+                yield Product(file, np.ascontiguousarray(img[y : y + side, x : x + side]))
+
+    def _pieces(self, path: str, name: str) -> Iterator[tuple[str, str, int, int, int]]:
+        """File, the image it is cut from, top, left and side."""
+        for i, (y, x) in enumerate(self._corners(image_size(path)), 1):
+            yield f"{name}_s{i:03d}.{self.format}", path, y, x, self.size
 
     def _corners(self, size: tuple[int, int]) -> list[tuple[int, int]]:
         if min(size) < self.size:
@@ -190,7 +239,7 @@ class PairedSubimages(Subimages):
 
     def settings(self) -> dict[str, Any]:
         L = [str(Path(root).resolve()) for root in self.L]
-        return {"size": self.size, "step": self.step, "threshold": self.threshold, "scale": self.scale, "L": L}
+        return {key: value for key, value in super().settings().items() if key != "H"} | {"L": L}
 
     def also_read(self) -> Sequence[str]:
         return self.L
@@ -198,32 +247,20 @@ class PairedSubimages(Subimages):
     def folders(self, names: Sequence[str]) -> list[str]:
         return [f"{role}/{name}" for role in "HL" for name in super(PairedSubimages, self).folders(names)]
 
-    def outputs(self, path: str, name: str) -> list[str]:
-        return [file for file, *_ in self._pieces(path, name)]
-
-    def make(self, path: str, name: str, wanted: Sequence[str]) -> Iterator[Product]:
-        source, img = "", np.empty(0)
-        for file, image, y, x, side in self._pieces(path, name):
-            if file in wanted:
-                if image != source:
-                    source, img = image, imread_uint(image, None)
-                yield Product(file, np.ascontiguousarray(img[y : y + side, x : x + side]))
-
     def _pieces(self, path: str, name: str) -> Iterator[tuple[str, str, int, int, int]]:
-        """File, the image it is cut from, top, left and side."""
         partners, problems = _partners_of(self.H, self.L, self.scale)
         if path not in partners:
             raise UserError(problems.get(path, f"{path}: no image in --L of its name"))
         scale = self.scale
         height, width = (side // scale for side in image_size(path))
         corners = self._corners((scale * height, scale * width))
-        yield from ((f"H/{name}_s{i:03d}.png", path, y, x, self.size) for i, (y, x) in enumerate(corners, 1))
+        yield from ((f"H/{name}_s{i:03d}.{self.format}", path, y, x, self.size) for i, (y, x) in enumerate(corners, 1))
         for L in partners[path]:
             if (found := image_size(L)) != (height, width):
                 raise UserError(f"{L} is {found[1]}x{found[0]}, not 1/{scale} of {path}: {width}x{height}")
             version = "".join(Path(L).stem.partition("+")[1:]) if len(partners[path]) > 1 else ""
             for i, (y, x) in enumerate(corners, 1):
-                yield f"L/{name}_s{i:03d}{version}.png", L, y // scale, x // scale, self.size // scale
+                yield f"L/{name}_s{i:03d}{version}.{self.format}", L, y // scale, x // scale, self.size // scale
 
     def _origins(self, side: int) -> list[int]:
         scale, threshold = self.scale, self.threshold // self.scale
@@ -251,13 +288,14 @@ class Masks(Step):
     """edge masks, where the self-similarity loss is computed
 
     Bit for bit the published ones, and those that training makes on line where
-    dataroot_H_mask is not set. mat: variable "mat" of 0 and 1; png: 0 and 255.
+    dataroot_H_mask is not set. mat: variable "mat" of 0 and 1; png: 0 and 255;
+    npy: raw, 0 and 1; both: mat and png.
     """
 
     command = "masks"
     example = "--input DF2K_OST --output DF2K_OST_mask"
     threshold: float = option(20.0, "of the Laplacian, in gray levels", type=level)
-    format: str = option("mat", "what to write", choices=("mat", "png", "both"))
+    format: str = option("mat", "what to write", choices=("mat", "png", "both", "npy"))
 
     def outputs(self, path: str, name: str) -> list[str]:
         return [f"{name}.{suffix}" for suffix in (("mat", "png") if self.format == "both" else (self.format,))]
@@ -265,14 +303,21 @@ class Masks(Step):
     def make(self, path: str, name: str, wanted: Sequence[str]) -> Iterator[Product]:
         mask = edge_mask(uint2tensor4(imread_uint(path, None)), self.threshold)[0, 0].numpy().astype(np.uint8)
         for file in wanted:
-            yield Product(file, mask if file.endswith(".mat") else 255 * mask)
+            yield Product(file, 255 * mask if file.endswith(".png") else mask)
+
+    @property
+    def is_raw(self) -> bool:
+        return self.format == "npy"
+
+    def room(self, path: str, name: str, wanted: Sequence[str]) -> int:
+        return len(wanted) * npy_size((*image_size(path), 1), np.dtype(np.uint8))
 
 
 # -------------------------------------------------------------------------------------------------- low-quality images
 
 
 @dataclass(frozen=True)
-class LRBicubic(Step):
+class LRBicubic(ImageStep):
     """low-quality images: MATLAB's bicubic
 
     Of each image, cut to a multiple of the scale; same names.
@@ -282,14 +327,15 @@ class LRBicubic(Step):
     example = "--input DF2K_OST --output DF2K_OST_x4"
     scale: int = option(4, "how much smaller", type=at_least(1, 64))
 
-    def outputs(self, path: str, name: str) -> list[str]:
-        return [f"{name}.png"]
+    def sources(self, path: str, name: str) -> dict[str, Source]:
+        height, width = image_size(path)
+        return {f"{name}.{self.format}": Source(path, height // self.scale, width // self.scale)}
 
     def make(self, path: str, name: str, wanted: Sequence[str]) -> Iterator[Product]:
         H = modcrop(imread_uint(path, None), self.scale)
         if not H.size:
             raise UserError(f"smaller than the scale {self.scale}")
-        yield Product(f"{name}.png", matlab_bicubic(H, 1 / self.scale))
+        yield Product(wanted[0], matlab_bicubic(H, 1 / self.scale))
 
 
 def matlab_bicubic(img: Array, scale: float) -> Array:
@@ -300,7 +346,7 @@ def matlab_bicubic(img: Array, scale: float) -> Array:
 
 
 @dataclass(frozen=True)
-class LRBlind(Step):
+class LRBlind(ImageStep):
     """low-quality images, degraded at random
 
     name.png or, of several versions, name+00.png, name+01.png, ...: data sets
@@ -316,23 +362,33 @@ class LRBlind(Step):
     versions: int = option(1, "of each image", type=at_least(1, 10000))
     seed: int = option(0, "other draws for another", type=at_least(0, 2**63 - 1))
 
-    def outputs(self, path: str, name: str) -> list[str]:
+    def sources(self, path: str, name: str) -> dict[str, Source]:
+        height, width = image_size(path)
+        return {
+            f"{version}.{self.format}": Source(path, height // self.scale, width // self.scale)
+            for version in self._versions(name)
+        }
+
+    def kind(self, source: str) -> tuple[int, np.dtype[Any]]:
+        return image_kind(source)[0], np.dtype(np.uint8)
+
+    def _versions(self, name: str) -> list[str]:
         if self.versions == 1:
-            return [f"{name}.png"]
+            return [name]
         if "+" in Path(name).name:
             raise UserError('several versions are told from their H at the first "+" of their names: rename this image')
         digits = max(2, len(str(self.versions - 1)))
-        return [f"{name}+{version:0{digits}d}.png" for version in range(self.versions)]
+        return [f"{name}+{version:0{digits}d}" for version in range(self.versions)]
 
     def make(self, path: str, name: str, wanted: Sequence[str]) -> Iterator[Product]:
         H = imread_uint(path, None)
         for file in wanted:
-            L, record = degrade_image(H, self.type, self.scale, self.seed, file.removesuffix(".png"))
+            L, record = degrade_image(H, self.type, self.scale, self.seed, file.removesuffix(f".{self.format}"))
             yield Product(file, L, record)
 
 
 @dataclass(frozen=True)
-class Enlarge(Step):
+class Enlarge(ImageStep):
     """larger images: MATLAB's bicubic
 
     What low-quality images are shown as, and compared with; same names.
@@ -342,34 +398,37 @@ class Enlarge(Step):
     example = "--input DIV2K100_blind --output DIV2K100_blind_bicubic"
     scale: int = option(4, "how much larger", type=at_least(1, 16))
 
-    def outputs(self, path: str, name: str) -> list[str]:
-        return [f"{name}.png"]
+    def sources(self, path: str, name: str) -> dict[str, Source]:
+        height, width = image_size(path)
+        return {f"{name}.{self.format}": Source(path, height * self.scale, width * self.scale)}
 
     def make(self, path: str, name: str, wanted: Sequence[str]) -> Iterator[Product]:
         img = imread_uint(path, None)
         _check_area(img.shape[0] * self.scale, img.shape[1] * self.scale)
-        yield Product(f"{name}.png", matlab_bicubic(img, self.scale))
+        yield Product(wanted[0], matlab_bicubic(img, self.scale))
 
 
 @dataclass(frozen=True)
-class Modcrop(Step):
+class Modcrop(ImageStep):
     """images cut at the bottom and right to multiples
 
     12, as in the published test sets, suits the scales 2, 3 and 4; same names.
+    With --multiple 1 --format npy any folder becomes a raw one.
     """
 
     command = "modcrop"
     example = "--input DIV2K_valid_HR --output DIV2K100"
     multiple: int = option(12, "of so many pixels", type=at_least(1))
 
-    def outputs(self, path: str, name: str) -> list[str]:
-        return [f"{name}.png"]
+    def sources(self, path: str, name: str) -> dict[str, Source]:
+        height, width = (side - side % self.multiple for side in image_size(path))
+        return {f"{name}.{self.format}": Source(path, height, width)}
 
     def make(self, path: str, name: str, wanted: Sequence[str]) -> Iterator[Product]:
         img = modcrop(imread_uint(path, None), self.multiple)
         if not img.size:
             raise UserError(f"smaller than {self.multiple} pixels")
-        yield Product(f"{name}.png", np.ascontiguousarray(img))
+        yield Product(wanted[0], np.ascontiguousarray(img))
 
 
 STEPS: tuple[type[Step], ...] = (Multiscale, Subimages, Masks, LRBicubic, LRBlind, Enlarge, Modcrop)

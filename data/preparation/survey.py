@@ -32,6 +32,7 @@ from utils.utils_image import (
     walk,
 )
 from utils.utils_lmdb import is_lmdb
+from utils.utils_npy import RAW_SUFFIX
 from utils.utils_option import DatasetOptions, parse
 from utils.utils_tiff import TiffFacts
 
@@ -209,7 +210,7 @@ def _describe(roots: Sequence[str], facts: Sequence[Facts], smallest: int) -> It
     if equal := equal_images([f.digest for f in good]):
         names = [" = ".join(good[i].path for i in group) for group in equal]
         yield _Line("equal pixels", f"{len(equal)} groups", names, True)
-    below = [walk(root, IMAGE_SUFFIXES) for root in roots if os.path.isdir(root) and not is_lmdb(root)]
+    below = [walk(root, IMAGE_SUFFIXES, RAW_SUFFIX) for root in roots if os.path.isdir(root) and not is_lmdb(root)]
     if others := sum((found.others for found in below), Counter()):
         yield _Line("not read", f"files of other kinds: {_counts(others)}")
     if closed := [line for found in below for line in found.closed]:
