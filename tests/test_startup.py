@@ -1,5 +1,6 @@
 """Scripts answer --help and slips before anything heavy is imported, and set what torch reads as it is imported."""
 
+import ast
 import json
 import os
 import re
@@ -9,6 +10,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from tests.conftest import REPOSITORY
+from tests.test_rooms import modules
+
+IMPORTS = (ast.Import, ast.ImportFrom)
 
 TRAIN = {
     "main_train_psnr": "options/train_bsrgan_psnr.json",
@@ -110,3 +114,9 @@ def test_openmp_is_told_how_to_wait_before_any_script_imports_torch(tmp_path):
     commands += ["main_prepare_data demo", f"main_prepare_data check --H {tmp_path}"]
     assert {command.split()[0] for command in commands} == {*SCRIPTS} - {"main_download_pretrained_models"}
     assert in_one_process(ASKS, commands) == dict.fromkeys(commands, "PASSIVE")
+
+
+def test_torchvision_which_brings_the_compiler_waits_until_it_is_used():
+    for name, path in modules().items():
+        at_once = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, IMPORTS)]
+        assert not any("torchvision" in ast.unparse(node) for node in at_once), name
