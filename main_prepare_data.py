@@ -22,17 +22,13 @@ import inspect
 import os
 from argparse import SUPPRESS, Namespace
 from collections.abc import Sequence
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from data.files import group_files
-from data.preparation.demo import prepare_demo
-from data.preparation.pack import pack_lmdb
-from data.preparation.run import Step, prepare
-from data.preparation.steps import MULTISCALE_PRESETS, STEPS, Multiscale, PairedSubimages, Subimages, at_least
-from data.preparation.survey import Folders, folders_of, report
+from data.preparation.arguments import COMMANDS, PRESETS, Arguments, Multiscale, Subimages, at_least
 from utils.utils_error import ArgumentParser, UserError, run
+from utils.utils_option import parse
 
 
 def _command(commands: Any, name: str, text: str, example: str) -> Any:
@@ -52,14 +48,14 @@ def _files(parser: Any) -> None:
     parser.add_argument("--dry-run", "--dry_run", action="store_true", help="say what would be done, write nothing")
 
 
-def _options(parser: Any, step: type[Step]) -> None:
+def _options(parser: Any, step: type[Arguments]) -> None:
     """An argument for each field of the step that has a help text; one that is not given is not in the result."""
     if step is Subimages:
         text = "low-quality images, to be cut together with --input: pieces go to OUTPUT/H and OUTPUT/L"
         parser.add_argument("--L", nargs="+", default=[], metavar="DIR", help=text)
         parser.add_argument("--scale", type=at_least(1, 64), metavar="N", help="of L (default 4)")
     if step is Multiscale:
-        parser.add_argument("--preset", choices=MULTISCALE_PRESETS, default="ssl", help="whose figures (default ssl)")
+        parser.add_argument("--preset", choices=PRESETS, default="ssl", help="whose figures (default ssl)")
     for f in fields(step):  # type: ignore[arg-type]
         if f.metadata:
             kind = {"metavar": "N", **f.metadata} if "choices" not in f.metadata else dict(f.metadata)
@@ -67,15 +63,6 @@ def _options(parser: Any, step: type[Step]) -> None:
                 default = f.default if not isinstance(f.default, tuple) else " ".join(f"{x:.3g}" for x in f.default)
                 kind["help"] += f" (default {default})"
             parser.add_argument(f"--{f.name}", default=SUPPRESS, required=f.default is MISSING, **kind)
-
-
-def _step(step: type[Step], args: Namespace) -> Step:
-    given = {f.name: getattr(args, f.name) for f in fields(step) if hasattr(args, f.name)}  # type: ignore[arg-type]
-    if step is Subimages and args.L:
-        return PairedSubimages(**given, scale=args.scale or 4, H=tuple(args.input), L=tuple(args.L))
-    if step is Subimages and args.scale:
-        raise UserError("--scale: is for pairs; name their low-quality images by --L")
-    return replace(MULTISCALE_PRESETS[args.preset], **given) if step is Multiscale else step(**given)
 
 
 def _arguments(argv: Sequence[str] | None) -> Namespace:
@@ -86,7 +73,7 @@ def _arguments(argv: Sequence[str] | None) -> Namespace:
     demo.add_argument("--trainsets", type=Path, default=Path("trainsets"), help="folder for the training set")
     demo.add_argument("--testsets", type=Path, default=Path("testsets"), help="folder for the test set")
 
-    for step in STEPS:
+    for step in COMMANDS:
         command = _command(commands, step.command, inspect.getdoc(step) or "", step.example)
         _files(command)
         _options(command, step)
@@ -108,7 +95,12 @@ are in the training set too. For the data sets of an option file: --opt FILE."""
     check.add_argument("--scale", type=at_least(1, 64), default=4, metavar="N", help="of L (default 4)")
     check.add_argument("--H_size", type=at_least(0), default=0, metavar="N", help="name images with a side below this")
     check.add_argument("--test", nargs="+", default=[], metavar="DIR", help="ground truth of test sets, a set each")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.command == "subimages" and args.scale and not args.L:
+        raise UserError("--scale: is for pairs; name their low-quality images by --L")
+    if args.command == "check" and bool(args.opt) == bool(args.H or args.test):
+        raise UserError("check: give either --opt FILE or folders, --H DIR, --test DIR or both")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,22 +110,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: nothing can be done.
     """
     args = _arguments(argv)
+    # What reads images takes seconds to import: each command does it here, once its arguments are right.
     if args.command == "demo":
+        from data.preparation.demo import prepare_demo
+
         prepare_demo(args.trainsets, args.testsets)
         return 0
     if args.command == "lmdb":
+        from data.preparation.pack import pack_lmdb
+
         return pack_lmdb(args.input, args.output, args.masks, args.workers, args.dry_run)
     if args.command == "check":
         return _check(args)
-    step = next(step for step in STEPS if step.command == args.command)
-    return prepare(_step(step, args), args.input, args.output, args.workers, args.dry_run)
+    from data.preparation.run import prepare
+    from data.preparation.steps import step_of
+
+    return prepare(step_of(args), args.input, args.output, args.workers, args.dry_run)
 
 
 def _check(args: Namespace) -> int:
-    if bool(args.opt) == bool(args.H or args.test):
-        raise UserError("check: give either --opt FILE or folders, --H DIR, --test DIR or both")
-    if args.opt:
-        return report(folders_of(args.opt), args.workers)
+    opt = parse(args.opt, is_train=True) if args.opt else None
+    from data.files import group_files
+    from data.preparation.survey import Folders, folders_of, report
+
+    if opt:
+        return report(folders_of(opt), args.workers)
     sets = [Folders("training set", args.H, args.L, args.H_mask, args.scale, args.H_size)] if args.H else []
     for roots in group_files(args.test):
         folder = roots[0] if len(roots) == 1 else os.path.dirname(roots[0])

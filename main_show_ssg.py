@@ -12,10 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from evaluation.figure import SEARCH, ssg_figure, telling_pixel, training_figure
 from utils.utils_error import ArgumentParser, UserError, printable, run
-from utils.utils_image import imread_uint
-from utils.utils_logger import setup
 from utils.utils_name import output_path
 
 
@@ -35,33 +32,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--pixel, --other: are for an IMAGE, not for --run")
     if args.output and Path(args.output).suffix.lower() != ".png":
         parser.error(f"--output {args.output}: name a .png file")
-    return args
-
-
-def _show_graphs(args: argparse.Namespace) -> Path:
-    paths = [Path(path) for path in (args.image, args.other) if path]
-    for path in paths:
-        if not path.is_file():
+    for path in filter(None, (args.image, args.other)):
+        if not Path(path).is_file():
             raise UserError(f"{path}: there is no such image")
-    images = [imread_uint(str(path)) for path in paths]
-    height, width = images[0].shape[:2]
-    if images[-1].shape != images[0].shape:
-        size = f"{images[-1].shape[1]}x{images[-1].shape[0]}"
-        raise UserError(f"{paths[-1]} is {size}, {paths[0]} {width}x{height}: give two images of one size")
-    if min(height, width) <= SEARCH // 2:
-        raise UserError(f"{paths[0]} is {width}x{height}: the search area needs sides over {SEARCH // 2} pixels")
-    images = [(image // 257).astype("uint8") if image.dtype == "uint16" else image for image in images]
-    other = images[1] if args.other else None
-    x, y = args.pixel or telling_pixel(images[0], other)
-    if not (0 <= x < width and 0 <= y < height):
-        raise UserError(
-            f"--pixel {x} {y}: lies outside {paths[0]}, where X is 0 to {width - 1} and Y 0 to {height - 1}"
-        )
-    output = Path(args.output or f"{paths[0].stem}_ssg_{x}_{y}.png")
-    output = output_path(output.parent, output.name, inputs=paths)
-    names = [path.stem for path in paths] if len({path.stem for path in paths}) == len(paths) else ["first", "other"]
-    ssg_figure(images[0], other, (x, y), names, output)
-    return output
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -71,13 +45,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         UserError: a mistake in it or in the files it names; then nothing has been written.
     """
     args = _arguments(argv)
+    from evaluation.figure import figure_of_images, training_figure  # with torch: once the command line is right
+    from utils.utils_logger import setup
+
     setup()
     if args.run:
         output = Path(args.output or Path(args.run) / "curves.png")
         output = output_path(output.parent, output.name, inputs=[*(Path(args.run) / "images").glob("*.png")])
         training_figure(Path(args.run), output)
     else:
-        output = _show_graphs(args)
+        output = figure_of_images([Path(path) for path in (args.image, args.other) if path], args.pixel, args.output)
     print(printable(str(output)))
 
 

@@ -17,49 +17,11 @@ checkpoints outside a run.
 """
 
 import argparse
-import logging
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain, count
-from pathlib import Path
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-from data.check import check_dataset
-from data.dataset_base import DatasetBase
-from data.dataset_l import DatasetL
-from data.files import group_files
-from data.select_dataset import define_Dataset
-from evaluation.metrics import GROUPS, METRICS, Measurer, choose
-from evaluation.report import RESULTS, Report, check_output, output_names
-from models.restorer import Restorer, load_restorer, load_restorer_of, run_folder, set_sampling
-from utils.utils_error import ArgumentParser, UserError, printable, run
-from utils.utils_image import ImageExtras, imresize, imsave, tensor2uint
-from utils.utils_logger import setup
-from utils.utils_name import folded, output_path, safe_name
-from utils.utils_option import DatasetOptions, TestOptions, parse
-from utils.utils_run import run_facts
-from utils.utils_tile import check_tile, enough_memory, restore, tile_remedy
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to restore with what, and where to."""
-
-    models: list[Restorer]
-    sets: list[DatasetOptions]
-    output: Path
-    tile: int
-    tile_overlap: int
-    metrics: Sequence[str]
-    report_images: int
-    device: torch.device
-    tile_setting: str  # how another tile is asked for
+from evaluation.metric_table import GROUPS, METRICS, choose
+from utils.utils_error import ArgumentParser, run
+from utils.utils_option import parse
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -92,149 +54,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--report_images {args.report_images}: must be 0 or more")
     if args.model_path and not (args.input or args.gt):
         parser.error("give --input FOLDER, --gt FOLDER or both")
+    if args.metrics:
+        args.metrics = choose(args.metrics)
     return args
-
-
-def _device(name: str | None) -> torch.device:
-    gpus = torch.cuda.device_count()
-    known = ["cpu", *(f"cuda:{n}" for n in range(gpus)), *(["cuda"] if gpus else [])]
-    if name is not None and name not in known:
-        raise UserError(f"--device {name}: cannot be had here; use one of {', '.join(known)}")
-    return torch.device(name or known[-1])
-
-
-def _job(args: argparse.Namespace) -> Job:
-    device = _device(args.device)
-    if args.opt:
-        opt = parse(args.opt, is_train=False, overrides=args.override)
-        sets = list(opt.test_sets.values())
-        if not sets:
-            raise UserError(f"{args.opt}: datasets: there is no test set; add datasets.test.dataroot_H")
-        sets = [data.model_copy(update={"name": safe_name(data.name)}) for data in sets]
-        if len({folded(data.name) for data in sets}) < len(sets):
-            raise UserError(f"{args.opt}: datasets: two test sets have one name; give each its own")
-        output = Path(opt.test.output) if opt.test.output else opt.task_dir / "results"
-        test = opt.test
-        models = [load_restorer_of(opt, device)]
-        more = test.metrics, test.report_images, device, "test.tile="
-        return Job(models, sets, output, test.tile, test.tile_overlap, *more)
-    tile = args.tile or 0
-    tile_overlap = 32 if args.tile_overlap is None else args.tile_overlap
-    check_tile(tile, tile_overlap)
-    pairs = _pairs(args.input, args.gt)
-    models = [load_restorer(spec, args.scale, args.param_key, device, args.steps) for spec in args.model_path]
-    set_sampling(models, args.steps, args.seed)
-    first = models[0]
-    of_one_run = run_folder(first.checkpoint) if len(models) == 1 else None
-    output = Path(args.output) if args.output else (of_one_run or Path()) / "results"
-    sets = [
-        DatasetOptions(
-            name=name,
-            dataset_type="sr" if gt else "l",
-            dataroot_L=input_ or None,
-            dataroot_H=gt or None,
-            phase="test",
-            scale=first.scale,
-            n_channels=first.n_channels,
-        )
-        for name, (input_, gt) in pairs.items()
-    ]
-    defaults = TestOptions()
-    metrics = choose(args.metrics or defaults.metrics)
-    report_images = defaults.report_images if args.report_images is None else args.report_images
-    return Job(models, sets, output, tile, tile_overlap, metrics, report_images, device, "--tile ")
-
-
-def _pairs(inputs: list[str] | None, gts: list[str] | None) -> dict[str, tuple[list[str], list[str]]]:
-    """Set name -> (input, ground truth), either of them empty where its place holds "-" or the list is not given.
-
-    Files of one folder that stand together, as a wildcard gives them, are one set.
-    """
-    groups = {"--input": group_files(inputs or []), "--gt": group_files(gts or [])}
-    sets = max(map(len, groups.values()))
-    for what, given in groups.items():
-        if given and len(given) < sets:
-            raise UserError(
-                f"{what}: {len(given)} for {sets} test sets; they are paired in order, write - where a set has none "
-                f"(several files of one folder are one set)"
-            )
-    pairs: dict[str, tuple[list[str], list[str]]] = {}
-    for pair in zip(*(given or [["-"]] * sets for given in groups.values()), strict=True):
-        input_, gt = ([root for root in roots if root != "-"] for roots in pair)
-        roots = [Path(root) for root in input_ + gt]
-        if not roots:
-            raise UserError("--input, --gt: a test set has - for both; name a folder for one of them")
-        for root in roots:
-            if not root.exists():
-                raise UserError(f"{root}: there is no such folder or image")
-        folder = roots[0].resolve() if roots[0].is_dir() else roots[0].resolve().parent
-        name = safe_name(folder.name or "images")
-        taken = {folded(other) for other in pairs}
-        names = chain([name, safe_name(f"{folder.parent.name}_{name}")], (f"{name}_{n}" for n in count(2)))
-        pairs[next(name for name in names if folded(name) not in taken)] = input_, gt
-    return pairs
-
-
-def _check_models(models: list[Restorer]) -> None:
-    """Several models need one L, and a name each that can be a folder's."""
-    labels = [folded(model.label) for model in models]
-    first = models[0]
-    for model in models:
-        if (model.scale, model.n_channels) != (first.scale, first.n_channels):
-            raise UserError(
-                f"{model.label} (scale {model.scale}, {model.n_channels} channels) differs from {first.label} "
-                f"(scale {first.scale}, {first.n_channels} channels): models are compared on one L, test these apart"
-            )
-        label = folded(model.label)
-        if labels.count(label) > 1 or label in ("bicubic", "ground truth", *RESULTS):
-            raise UserError(f"{model.checkpoint}: the name {model.label!r} is taken; write another as NAME=PATH")
-        if safe_name(model.label) != model.label:
-            raise UserError(f"{model.label!r} cannot be the name of a folder; write another as NAME=PATH")
-
-
-def _restore_set(
-    job: Job, data: DatasetOptions, dataset: DatasetBase | DatasetL, names: list[str], report: Report
-) -> None:
-    """Restore, save and report the images of a set."""
-    scale, lost_profiles = data.scale, 0
-    bar = tqdm(names, desc=data.name, unit="image", dynamic_ncols=True, disable=not sys.stderr.isatty())
-    for i, name in enumerate(bar):
-        item = dataset[i]
-        L = item["L"][None].to(job.device)
-        extras: ImageExtras = item["L_extras"]
-        saved_extras = extras.resized(scale).fitting(data.n_channels)
-        lost_profiles += (extras.icc, extras.cicp) != (saved_extras.icc, saved_extras.cicp)
-        H = tensor2uint(item["H"]) if "H" in item else None
-        shown = report.shows(data.name, i, H is not None)
-        estimates = {"bicubic": tensor2uint(imresize(L, scale))} if shown else {}
-        broken = []
-        for model in job.models:
-            with enough_memory(f"{item['L_path']}: {tile_remedy(job.tile, job.tile_setting)}"):
-                E = restore(model.netG, L, scale, job.tile, job.tile_overlap)
-            if not E.isfinite().all():
-                logger.warning(
-                    "%s: what %s makes of it is not finite (NaN): no numbers of it", printable(name), model.label
-                )
-                broken.append(model.label)
-                E = E.nan_to_num()
-            path = output_path(job.output, model.label, data.name, f"{name}.png")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            imsave(tensor2uint(E, extras.bits), str(path), extras=saved_extras)
-            estimates |= {model.label: tensor2uint(E)} if shown else {}
-        values = report.add(data.name, i, name, estimates, H, broken if shown else ())
-        if bar.disable:
-            size = f"{L.shape[-1]}x{L.shape[-2]} -> {L.shape[-1] * scale}x{L.shape[-2] * scale}"
-            psnr = "".join(f", {label} {v['psnr']:.2f} dB" for label, v in values.items() if "psnr" in v)
-            logger.info("%s %d/%d %s: %s%s", data.name, i + 1, len(names), printable(name), size, psnr)
-    report.end_set(data.name, data.dataset_type != "l")
-    if lost_profiles:
-        logger.warning(
-            "%s: %d of %d images have a colour profile that is not for %s; it is not kept",
-            data.name,
-            lost_profiles,
-            len(names),
-            "gray" if data.n_channels == 1 else "RGB",
-        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -244,40 +66,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         UserError: a mistake in it or in the files it names; then nothing has been written.
     """
     args = _arguments(argv)
+    opt = parse(args.opt, is_train=False, overrides=args.override) if args.opt else None
+    from testing.run import job_of, test  # with torch and all models: once the options are right
+    from utils.utils_logger import setup
+
     setup()
-    job = _job(args)
-    _check_models(job.models)
-    prepared = []
-    for data in job.sets:
-        dataset = define_Dataset(data)
-        paths = [files.L or files.H for files in dataset.files]
-        roots = [root for given in (data.dataroot_L, data.dataroot_H) if given for root in np.atleast_1d(given)]
-        names = output_names(paths, roots)
-        prepared.append((data, dataset, names))
-        restored = [f"{model.label}/{data.name}/{name}.png" for model in job.models for name in names]
-        inputs = [path for files in dataset.files for path in files if path]
-        check_output(job.output, inputs, roots, [*RESULTS, *restored])
-        # Without ground truth any size will do.
-        check_dataset(data)
-    counts = {data.name: len(names) for data, _, names in prepared}
-    first = job.models[0]
-    report = Report(Measurer(job.metrics, first.scale, job.device), counts, job.report_images)
-    whole = "" if job.tile else f" or restore in tiles, {job.tile_setting}256,"
-    try:
-        with enough_memory(f"the memory is too small for whole images: choose fewer metrics,{whole} or cut the images"):
-            for data, dataset, names in prepared:
-                _restore_set(job, data, dataset, names, report)
-    except OSError as error:
-        raise UserError(f"{job.output}: cannot be written: {error.strerror or error}") from error
-    for model in job.models:
-        logger.info("restored images: %s", job.output / model.label)
-    about = {
-        "models": {model.label: str(model.checkpoint) for model in job.models},
-        "scale": first.scale,
-        "tile": job.tile,
-        "tile_overlap": job.tile_overlap,
-    }
-    report.write(job.output, run_facts(job.device), about, first.n_channels)
+    test(job_of(args, opt))
 
 
 if __name__ == "__main__":

@@ -5,12 +5,15 @@ python main_train_gan.py --opt options/train_bsrgan_ssl.json train.ssl_l1_weight
 torchrun --nproc_per_node=2 main_train_gan.py --opt options/train_bsrgan_ssl.json
 """
 
-from training.loop import train, training_options
-from utils.utils_dist import run
+from training.command_line import training_options
+from utils.utils_launch import run
 
 
 def main() -> None:
-    train(training_options(__doc__, models=["gan", "spsr"]))
+    opt = training_options(__doc__, models=["gan", "spsr"])
+    from training.loop import train  # with torch and all models: once the options are right
+
+    train(opt)
 
 
 if __name__ == "__main__":

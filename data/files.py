@@ -12,7 +12,7 @@ from itertools import combinations
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from evaluation.metrics import METRICS
+from evaluation.metric_table import METRICS
 from utils.utils_error import UserError, check_regular, printable
 from utils.utils_image import IMAGE_SUFFIXES, get_image_paths, get_mask_paths
 from utils.utils_name import cell

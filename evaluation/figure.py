@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from evaluation.metrics import ssg_maps
 from utils.utils_error import UserError
 from utils.utils_image import imread_uint, uint2tensor4
+from utils.utils_name import output_path
 from utils.utils_ssl import edge_mask, self_similarity_graph
 
 Picture = NDArray[np.uint8]
@@ -141,6 +142,41 @@ def ssg_figure(image: Picture, other: Picture | None, pixel: tuple[int, int], na
             axes[1, -1].set_xlabel(f"SSG distance: {here}{mean}", loc="left")
         figure.suptitle(f"Self-similarity at pixel ({x}, {y})", x=0.008, ha="left", fontsize=13, fontweight="bold")
         _save(figure, path)
+
+
+def figure_of_images(paths: Sequence[Path], pixel: tuple[int, int] | None, output: str | None) -> Path:
+    """:func:`ssg_figure` of one image file or of two versions of an image.
+
+    Args:
+        paths: the files, first the ground truth.
+        pixel: (x, y); None = a telling one (:func:`telling_pixel`).
+        output: the PNG to write; None = ``./IMAGE_ssg_X_Y.png``.
+
+    Returns:
+        The file written.
+
+    Raises:
+        UserError: a file cannot be used, or the pixel lies outside.
+    """
+    images = [imread_uint(str(path)) for path in paths]
+    height, width = images[0].shape[:2]
+    if images[-1].shape != images[0].shape:
+        size = f"{images[-1].shape[1]}x{images[-1].shape[0]}"
+        raise UserError(f"{paths[-1]} is {size}, {paths[0]} {width}x{height}: give two images of one size")
+    if min(height, width) <= SEARCH // 2:
+        raise UserError(f"{paths[0]} is {width}x{height}: the search area needs sides over {SEARCH // 2} pixels")
+    images = [(image // 257).astype("uint8") if image.dtype == "uint16" else image for image in images]
+    other = images[1] if images[1:] else None
+    x, y = pixel or telling_pixel(images[0], other)
+    if not (0 <= x < width and 0 <= y < height):
+        raise UserError(
+            f"--pixel {x} {y}: lies outside {paths[0]}, where X is 0 to {width - 1} and Y 0 to {height - 1}"
+        )
+    png = Path(output or f"{paths[0].stem}_ssg_{x}_{y}.png")
+    png = output_path(png.parent, png.name, inputs=paths)
+    names = [path.stem for path in paths] if len({path.stem for path in paths}) == len(paths) else ["first", "other"]
+    ssg_figure(images[0], other, (x, y), names, png)
+    return png
 
 
 def _overview(ax: Any, image: Picture, title: str, pixel: tuple[int, int]) -> None:

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from evaluation.metrics import METRICS, Measurer, mean_metrics
+from evaluation.metric_table import METRICS
+from evaluation.metrics import Measurer, mean_metrics
 from evaluation.page import Gallery, write_html
 from utils.utils_error import UserError, printable
 from utils.utils_image import imsave

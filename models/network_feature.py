@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import VGG19_Weights, vgg19
 
 from utils.utils_checkpoint import load_state_dict
 from utils.utils_error import UserError
@@ -50,6 +49,9 @@ class VGGFeatureExtractor(nn.Module):
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
         if features is None:
+            # Torchvision brings PyTorch's compiler with it, a second and more: only who uses VGG19 imports it.
+            from torchvision.models import vgg19
+
             # On the meta device nothing is allocated or initialised: VGG19's classifier alone is half a gigabyte.
             with torch.device("meta"):
                 features = vgg19(weights=None).features
@@ -105,6 +107,8 @@ class VGGFeatureExtractor(nn.Module):
 
 def _in_cache() -> str:
     """The file where torchvision keeps the weights of VGG19, downloaded if it is not there."""
+    from torchvision.models import VGG19_Weights
+
     path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(VGG19_Weights.IMAGENET1K_V1.url))
     if not os.path.isfile(path):
         try:

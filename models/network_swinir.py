@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn import init
 from torch.utils.checkpoint import checkpoint
-from torchvision.ops import stochastic_depth
 
 from models.basicblock import LeakyConv2d, conv_layers, sequential, upscale_factors
 
@@ -137,6 +136,10 @@ class _SwinBlock(nn.Module):
         return x + self._drop(self.mlp(self.norm2(x)))
 
     def _drop(self, residual: Tensor) -> Tensor:
+        if not self.training or self.drop_path == 0:
+            return residual
+        from torchvision.ops import stochastic_depth  # as slow to import as in network_feature.py
+
         return stochastic_depth(residual, self.drop_path, "row", self.training)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -10,15 +10,15 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-ROOMS = ("training", "data", "models", "evaluation", "utils", "similarity_cuda", "options", "tests")
+ROOMS = ("training", "testing", "data", "models", "evaluation", "utils", "similarity_cuda", "options", "tests")
 
 # What is then done with them: the loss alone, by every kind of model; the network; the recipe.
 TRAIN = """
 import sys
 from pathlib import Path
-from main_train_psnr import main, train, training_options
 from tests.test_model_dm import NETG, RESSHIFT
 from tests.training import Workplace
+from training.loop import train, training_options
 
 root = Path(sys.argv[1])
 alone = ("train.tv_weight=0.5", "train.G_lossfn_weight=0", "train.iterations=2", "datasets.test=null")

@@ -23,7 +23,7 @@ from models.model_base import ModelBase
 from tests.conftest import REPOSITORY, photograph
 from tests.training import SSL, Workplace, tree
 from training.loop import training_options
-from utils import utils_dist
+from utils import utils_dist, utils_launch
 from utils.utils_error import UserError
 from utils.utils_image import imsave
 
@@ -149,7 +149,7 @@ class Processes:
                 os.dup2(os.open(self.folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
             sys.excepthook = sys.__excepthook__
-            utils_dist.run(lambda: main(rank))
+            utils_launch.run(lambda: main(rank))
         except SystemExit as error:
             status = int(error.code or 0)
         finally:

@@ -1,13 +1,12 @@
 """The training loop, one for all scripts: it builds the data sets and the model that the options name, and trains."""
 
-import argparse
 import gc
 import logging
 import os
 import random
 import signal
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -24,36 +23,19 @@ from data.select_dataset import define_Dataset
 from models.model_base import ModelBase, ModelSR
 from models.model_ranker import ModelRanker
 from models.select_model import define_Model
+from training.command_line import training_options
 from training.validate import validate, validate_ranker
 from utils import utils_dist
-from utils.utils_error import ArgumentParser, UserError
+from utils.utils_error import UserError
 from utils.utils_logger import Progress, close_file, setup
 from utils.utils_name import output_path, safe_name
-from utils.utils_option import DatasetOptions, Options, is_read, parse, patch_size
+from utils.utils_option import DatasetOptions, Options, is_read, patch_size
 from utils.utils_resume import Checkpoints, saved_steps
 from utils.utils_run import run_facts, save_json
 
+__all__ = ["train", "training_options"]
+
 logger = logging.getLogger(__name__)
-
-
-def training_options(description: str | None, models: Sequence[str], argv: Sequence[str] | None = None) -> Options:
-    """Options from the command line, ``--opt FILE [key.path=value ...]``, for a script that trains ``models``.
-
-    Raises:
-        UserError: the options are wrong, or they are for another script.
-    """
-    parser = ArgumentParser(description)
-    parser.add_argument("--opt", required=True, metavar="FILE", help="option file, JSON with // comments")
-    parser.add_argument("override", nargs="*", metavar="key.path=value", help="e.g. train.iterations=1000")
-    for kair in ("--launcher", "--local_rank", "--local-rank", "--dist"):
-        parser.add_argument(kair, help=argparse.SUPPRESS)  # torchrun's variables tell all of it
-    arguments = parser.parse_intermixed_args(argv)  # overrides may stand before --opt and after it
-    opt = parse(arguments.opt, is_train=True, overrides=arguments.override)
-    if opt.model not in models:
-        scripts = {"plain": "main_train_psnr.py", "dm": "main_train_dm.py", "ranker": "main_train_ranker.py"}
-        script = scripts.get(opt.model, "main_train_gan.py")
-        raise UserError(f"{arguments.opt}: model is {opt.model!r}: train it with {script}")
-    return opt
 
 
 def train(opt: Options) -> None:
@@ -77,7 +59,7 @@ def train(opt: Options) -> None:
         # threads with Python's lock in hand, for which these wait (seen to hang with PyTorch 2.6).
         run = None
         gc.collect()
-        utils_dist.close()  # only here: a process that fails tells the others first, :func:`utils_dist.run`
+        utils_dist.close()  # only here: a process that fails tells the others first, utils_launch.run
     finally:
         close_file()
     if stopped_by:

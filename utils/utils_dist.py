@@ -2,7 +2,7 @@
 
 Without torchrun everything here is a no-op of a world of one, so that no caller has to ask.
 
-Processes that train together end together (:func:`run`). The first that fails says so in the store where they met,
+Processes that train together end together (utils_launch.run). The first that fails says so in the store where they met,
 which torchrun keeps, and is the only one that prints. A thread in each of the others looks there: a process that waits
 in a collective for one that is gone cannot look itself, and with NCCL it would wait for hours.
 """
@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Final, NamedTuple
@@ -306,22 +306,7 @@ def close() -> None:
         _meeting = None
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """:func:`utils.utils_error.run` for processes that train together: the first to fail speaks, all leave."""
-
-    def together() -> int | None:
-        try:
-            return main()
-        except (Exception, KeyboardInterrupt) as error:
-            if "RANK" not in os.environ:
-                raise
-            _leave_together(error)
-            raise
-
-    utils_error.run(together)
-
-
-def _leave_together(error: BaseException) -> None:
+def leave_together(error: BaseException) -> None:
     """Tell the others and leave the process; return where there are no others."""
     meeting = _meeting
     if meeting is None:  # it failed before it met them, as they may have

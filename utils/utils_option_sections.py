@@ -74,6 +74,16 @@ class AutoencoderOptions(Section):
 
 
 DatasetType = Literal["sr", "blindsr", "plain", "multiLR_oneGT", "srmask", "blindsrmask", "plainmask", "l", "rank"]
+DegradationType = Literal[
+    "bsrgan",
+    "bsrgan_light",
+    "bsrgan_plus",
+    "realesrgan",
+    "realesrgan_light",
+    "stablesr",
+    "resshift",
+    "blind_test",
+]
 
 
 class DatasetOptions(Section):
@@ -108,16 +118,7 @@ class DatasetOptions(Section):
     lq_patchsize: Pixels | None = Field(
         None, description="side of the L patch kept after a blind degradation; null = H_size / scale"
     )
-    degradation_type: Literal[
-        "bsrgan",
-        "bsrgan_light",
-        "bsrgan_plus",
-        "realesrgan",
-        "realesrgan_light",
-        "stablesr",
-        "resshift",
-        "blind_test",
-    ] = Field(
+    degradation_type: DegradationType = Field(
         "bsrgan",
         description="blindsr: the figures of BSRGAN (KAIR's) or Real-ESRGAN; ..._light = the milder ones of the SSL "
         "paper's code; bsrgan_plus: KAIR's; stablesr, resshift: Real-ESRGAN's steps with their figures; blind_test: a "

@@ -32,6 +32,7 @@ import cv2
 import torch
 from tqdm import tqdm
 
+from data.preparation.arguments import Arguments
 from evaluation.report import check_output, output_names
 from utils.utils_error import UserError, printable
 from utils.utils_image import Array, dropped, get_image_paths, imsave, read_file, save_mask
@@ -56,20 +57,9 @@ class Product(NamedTuple):
     record: dict[str, Any] | None = None
 
 
-def option(default: Any, text: str, **argument: Any) -> Any:
-    """A field of a step that is also an argument of its command, ``text`` its help; ``...`` = must be given."""
-    metadata = {"help": text, **argument}
-    return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
+class Step(Arguments, ABC):
+    """What is done to each image: a frozen dataclass, whose fields are all that the result depends on."""
 
-
-class Step(ABC):
-    """What is done to each image: a frozen dataclass, whose fields are all that the result depends on.
-
-    Its docstring is the command's help: the first line in the list of commands.
-    """
-
-    command: ClassVar[str]
-    example: ClassVar[str]
     keeps_records: ClassVar[bool] = False  # every product has a record, collected in manifest.jsonl
 
     @property

@@ -1,14 +1,14 @@
 """The steps of preparing data: multi-scale versions, sub-images, edge masks, low-quality images.
 
-The figures are those of the SSL paper's data (https://arxiv.org/abs/2408.05713) unless they are said to be others'.
-data/preparation/run.py runs a step over a folder. Bit depth and number of channels are kept; images are PNG or raw
+The figures, in arguments.py, are those of the SSL paper's data (https://arxiv.org/abs/2408.05713) unless they are said
+to be others'. run.py runs a step over a folder. Bit depth and number of channels are kept; images are PNG or raw
 (utils_npy.py).
 """
 
-import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from data.degradations.select_degradation import DEGRADATIONS, degrade_image
+from data.degradations.select_degradation import degrade_image
 from data.files import list_files
-from data.preparation.run import Product, Step, option
+from data.preparation import arguments
+from data.preparation.run import Product, Step
 from utils.utils_error import UserError
 from utils.utils_image import Array, image_kind, image_size, imread_uint, imresize_np, modcrop, uint2tensor4
 from utils.utils_npy import npy_size
@@ -26,44 +27,6 @@ from utils.utils_option import DatasetOptions
 from utils.utils_ssl import edge_mask
 
 _MOST_PIXELS = 1 << 28  # of an image that is made: 800 MB in 8 bits
-
-
-def at_least(least: int, most: int = 1 << 16) -> Callable[[str], int]:
-    """For argparse: a whole number, not below ``least`` and not above ``most``."""
-
-    def whole(text: str) -> int:
-        if not least <= int(text) <= most:
-            raise ValueError
-        return int(text)
-
-    whole.__name__ = f"number from {least} up to {most}:"  # the message: "invalid number from 1 up to 9: value: '0'"
-    return whole
-
-
-def factor(text: str) -> float:
-    """For argparse: a number above 0, up to 16, such as 0.75 or 1/3."""
-    above, _, below = text.partition("/")
-    try:
-        value = float(above) / float(below or 1)
-    except ZeroDivisionError as error:
-        raise ValueError from error
-    if not 0 < value <= 16:
-        raise ValueError
-    return value
-
-
-factor.__name__ = "number above 0, up to 16:"
-
-
-def level(text: str) -> float:
-    """For argparse: a finite number."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError
-    return value
-
-
-level.__name__ = "finite number:"
 
 
 class Source(NamedTuple):
@@ -74,11 +37,10 @@ class Source(NamedTuple):
     width: int
 
 
-@dataclass(frozen=True, kw_only=True)
 class ImageStep(Step):
     """A step that makes images with the channels and the bit depth of what they are made of."""
 
-    format: str = option("png", "npy: raw, large and quick to read in training", choices=("png", "npy"))
+    format: str  # of arguments.ImageArguments
 
     def settings(self) -> dict[str, Any]:
         settings = super().settings()
@@ -110,20 +72,7 @@ class ImageStep(Step):
 
 
 @dataclass(frozen=True)
-class Multiscale(ImageStep):
-    """smaller versions of each image
-
-    name.png is the image itself, nameT0.png, nameT1.png, ... are smaller by the
-    factors, and the shorter side of nameS.png is fixed: small images are enlarged
-    to it. Lanczos. Presets: ssl, and realesrgan with the factors 0.75 0.5 1/3, the
-    shortest side 400 (as T3), no smallest side, and no name.png.
-    """
-
-    command = "multiscale"
-    example = "--input DF2K_HR OST --output DF2K_OST_multiscale"
-    factors: tuple[float, ...] = option((0.75, 0.6, 1 / 3), "sizes of T0, T1, ...", type=factor, nargs="+")
-    shortest: int = option(512, "the shorter side of S in pixels", type=at_least(1))
-    min_side: int = option(512, "leave out the others where their shorter side is less", type=at_least(0))
+class Multiscale(arguments.Multiscale, ImageStep):
     original: bool = True
     shortest_name: str = "S"
 
@@ -157,10 +106,7 @@ def _check_area(height: int, width: int) -> None:
         raise UserError(f"would become {width}x{height} pixels, more than {_MOST_PIXELS / 1e6:.0f} million: left out")
 
 
-MULTISCALE_PRESETS = {
-    "ssl": Multiscale(),
-    "realesrgan": Multiscale((0.75, 0.5, 1 / 3), shortest=400, min_side=0, original=False, shortest_name="T3"),
-}
+MULTISCALE_PRESETS = {name: Multiscale(**figures) for name, figures in arguments.PRESETS.items()}
 
 
 def lanczos(img: Array, height: int, width: int) -> Array:
@@ -178,19 +124,7 @@ def lanczos(img: Array, height: int, width: int) -> Array:
 
 
 @dataclass(frozen=True)
-class Subimages(ImageStep):
-    """square pieces of each image
-
-    name_s001.png, name_s002.png, ..., row by row. Where a rest is left at the
-    right or lower edge, one more row or column of pieces lies against that edge.
-    """
-
-    command = "subimages"
-    example = "--input DF2K_OST_multiscale --output DF2K_OST"
-    size: int = option(512, "side in pixels", type=at_least(1))
-    step: int = option(256, "pixels from one to the next", type=at_least(1))
-    threshold: int = option(0, "a rest of so many pixels gets no pieces of its own", type=at_least(0))
-
+class Subimages(arguments.Subimages, ImageStep):
     def sources(self, path: str, name: str) -> dict[str, Source]:
         return {file: Source(image, side, side) for file, image, _, _, side in self._pieces(path, name)}
 
@@ -284,19 +218,7 @@ def _partners_of(H: tuple[str, ...], L: tuple[str, ...], scale: int) -> tuple[di
 
 
 @dataclass(frozen=True)
-class Masks(Step):
-    """edge masks, where the self-similarity loss is computed
-
-    Bit for bit the published ones, and those that training makes on line where
-    dataroot_H_mask is not set. mat: variable "mat" of 0 and 1; png: 0 and 255;
-    npy: raw, 0 and 1; both: mat and png.
-    """
-
-    command = "masks"
-    example = "--input DF2K_OST --output DF2K_OST_mask"
-    threshold: float = option(20.0, "of the Laplacian, in gray levels", type=level)
-    format: str = option("mat", "what to write", choices=("mat", "png", "both", "npy"))
-
+class Masks(arguments.Masks, Step):
     def outputs(self, path: str, name: str) -> list[str]:
         return [f"{name}.{suffix}" for suffix in (("mat", "png") if self.format == "both" else (self.format,))]
 
@@ -317,16 +239,7 @@ class Masks(Step):
 
 
 @dataclass(frozen=True)
-class LRBicubic(ImageStep):
-    """low-quality images: MATLAB's bicubic
-
-    Of each image, cut to a multiple of the scale; same names.
-    """
-
-    command = "lr-bicubic"
-    example = "--input DF2K_OST --output DF2K_OST_x4"
-    scale: int = option(4, "how much smaller", type=at_least(1, 64))
-
+class LRBicubic(arguments.LRBicubic, ImageStep):
     def sources(self, path: str, name: str) -> dict[str, Source]:
         height, width = image_size(path)
         return {f"{name}.{self.format}": Source(path, height // self.scale, width // self.scale)}
@@ -346,21 +259,8 @@ def matlab_bicubic(img: Array, scale: float) -> Array:
 
 
 @dataclass(frozen=True)
-class LRBlind(ImageStep):
-    """low-quality images, degraded at random
-
-    name.png or, of several versions, name+00.png, name+01.png, ...: data sets
-    pair these with name.png. The draws depend on the seed and the file's name
-    alone, and manifest.jsonl tells what was done to each file.
-    """
-
-    command = "lr-blind"
-    example = "--type blind_test --versions 30 --input DIV2K100 --output DIV2K100_blind"
+class LRBlind(arguments.LRBlind, ImageStep):
     keeps_records = True
-    type: str = option(..., f"one of {', '.join(DEGRADATIONS)}", choices=tuple(DEGRADATIONS), metavar="TYPE")
-    scale: int = option(4, "how much smaller", type=at_least(1, 64))
-    versions: int = option(1, "of each image", type=at_least(1, 10000))
-    seed: int = option(0, "other draws for another", type=at_least(0, 2**63 - 1))
 
     def sources(self, path: str, name: str) -> dict[str, Source]:
         height, width = image_size(path)
@@ -388,16 +288,7 @@ class LRBlind(ImageStep):
 
 
 @dataclass(frozen=True)
-class Enlarge(ImageStep):
-    """larger images: MATLAB's bicubic
-
-    What low-quality images are shown as, and compared with; same names.
-    """
-
-    command = "enlarge"
-    example = "--input DIV2K100_blind --output DIV2K100_blind_bicubic"
-    scale: int = option(4, "how much larger", type=at_least(1, 16))
-
+class Enlarge(arguments.Enlarge, ImageStep):
     def sources(self, path: str, name: str) -> dict[str, Source]:
         height, width = image_size(path)
         return {f"{name}.{self.format}": Source(path, height * self.scale, width * self.scale)}
@@ -409,17 +300,7 @@ class Enlarge(ImageStep):
 
 
 @dataclass(frozen=True)
-class Modcrop(ImageStep):
-    """images cut at the bottom and right to multiples
-
-    12, as in the published test sets, suits the scales 2, 3 and 4; same names.
-    With --multiple 1 --format npy any folder becomes a raw one.
-    """
-
-    command = "modcrop"
-    example = "--input DIV2K_valid_HR --output DIV2K100"
-    multiple: int = option(12, "of so many pixels", type=at_least(1))
-
+class Modcrop(arguments.Modcrop, ImageStep):
     def sources(self, path: str, name: str) -> dict[str, Source]:
         height, width = (side - side % self.multiple for side in image_size(path))
         return {f"{name}.{self.format}": Source(path, height, width)}
@@ -432,3 +313,16 @@ class Modcrop(ImageStep):
 
 
 STEPS: tuple[type[Step], ...] = (Multiscale, Subimages, Masks, LRBicubic, LRBlind, Enlarge, Modcrop)
+
+
+def step_of(args: Namespace) -> Step:
+    """The step that a command line asks for.
+
+    Raises:
+        UserError: its arguments do not go together.
+    """
+    step = next(step for step in STEPS if step.command == args.command)
+    given = {f.name: getattr(args, f.name) for f in fields(step) if hasattr(args, f.name)}  # type: ignore[arg-type]
+    if step is Subimages and args.L:
+        return PairedSubimages(**given, scale=args.scale or 4, H=tuple(args.input), L=tuple(args.L))
+    return replace(MULTISCALE_PRESETS[args.preset], **given) if step is Multiscale else step(**given)

@@ -33,7 +33,7 @@ from utils.utils_image import (
 )
 from utils.utils_lmdb import is_lmdb
 from utils.utils_npy import RAW_SUFFIX
-from utils.utils_option import DatasetOptions, parse
+from utils.utils_option import DatasetOptions, Options
 from utils.utils_tiff import TiffFacts
 
 _WIDTH = 80
@@ -52,14 +52,14 @@ class Folders(NamedTuple):
     is_train: bool = True
 
 
-def folders_of(option_file: str) -> list[Folders]:
-    """The data sets of an option file for training. Raises UserError for a file that is wrong."""
+def folders_of(opt: Options) -> list[Folders]:
+    """The data sets of options for training."""
 
     def several(root: str | list[str] | None) -> list[str]:
         return [root] if isinstance(root, str) else root or []
 
     found = []
-    for name, data in parse(option_file, is_train=True).datasets.items():
+    for name, data in opt.datasets.items():
         is_train = data.phase == "train"
         has_mask = data.dataset_type.endswith("mask")
         found.append(
