@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -332,6 +333,19 @@ def test_a_signal_to_one_process_stops_and_saves_all(
     assert [(e.status, e.err) for e in ended] == [(128 + signal.SIGTERM, "")] * 2
     assert "stopped by a signal at step 1" in ended[0].out
     assert set(work.saved(1)) == {"G", "E", "optimizerG"}
+
+
+@forks
+def test_nothing_is_in_the_store_when_a_process_ends(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(utils_dist._Meeting, "failure", lambda self: time.sleep(0.5))  # a store that answers late
+
+    def main(rank: int) -> None:
+        utils_dist.init()
+        time.sleep(0.5)  # by now the thread that looks for failures is in the store
+        utils_dist.close()
+        assert not any(thread.daemon for thread in threading.enumerate())
+
+    assert [ended.status for ended in processes(main)] == [0, 0]
 
 
 @forks

@@ -85,6 +85,7 @@ class _Meeting:
     def __init__(self, here: Place, patience: timedelta) -> None:
         self.place = here
         self._closed = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._status: int | None = None  # to leave with, once it is known that one has failed
         self._knows = threading.Event()
         self.writing = threading.Lock()  # held while files are written that must not be cut short
@@ -126,7 +127,7 @@ class _Meeting:
         if self._news.add(f"joined/{here.rank}", 1) > 1:
             raise UserError(f"RANK={here.rank} is the number of two processes at {here.address}:{here.port}")
         self._news.add("joined", 1)
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._watcher.start()
         end = time.monotonic() + JOIN_LIMIT.total_seconds()
         while (came := self._news.add("joined", 0)) < here.world_size:
             if self.failure() is not None:
@@ -204,6 +205,12 @@ class _Meeting:
 
     def close(self) -> None:
         self._closed.set()
+
+    def end(self) -> None:
+        """Close, and wait for the thread: Python's own end aborts one that is in the store just then."""
+        self.close()
+        if self._watcher.is_alive():
+            self._watcher.join(_GRACE)
 
 
 class _AnotherFailedError(Exception):
@@ -302,7 +309,7 @@ def close() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     if _meeting is not None:
-        _meeting.close()
+        _meeting.end()
         _meeting = None
 
 
