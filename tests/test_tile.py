@@ -50,13 +50,46 @@ def test_tiles_differ_where_the_overlap_is_one_pixel_too_small():
     assert difference.abs().max() > 10 * TOLERANCE
 
 
-def test_every_tile_is_a_full_one_where_the_image_allows():
+@pytest.mark.parametrize("multiple", [1, 4, 8])
+@pytest.mark.parametrize(
+    ("height", "width", "tile", "overlap"), [(510, 339, 256, 32), (50, 33, 16, 5), (10, 33, 16, 5), (257, 257, 256, 32)]
+)
+def test_tiles_share_the_work_evenly(height, width, tile, overlap, multiple):
     netG = Enlarge()
-    restore(netG, image(50, 33), 2, tile=16, tile_overlap=5)
-    assert set(netG.sizes) == {(16, 16)}
+    netG.size_multiple = multiple
+    restore(netG, image(height, width), 2, tile, overlap)
+    assert len(set(netG.sizes)) == 1
+    (side_y, side_x) = netG.sizes[0]
+    assert max(side_y, side_x) <= tile
+    assert (side_y % multiple, side_x % multiple) == (0, 0)
+    overlap = -(-overlap // multiple) * multiple
+    for size, side in ((height, side_y), (width, side_x)):
+        if size > tile:
+            padded = -(-size // multiple) * multiple
+            n = -(-(padded - overlap) // (tile - overlap))  # as few as of full tiles
+            assert 0 <= n * side - (n - 1) * overlap - padded < n * multiple
+
+
+def test_equal_tiles_cost_a_quarter_more_than_the_image_where_full_ones_cost_more_than_twice_as_much():
     netG = Enlarge()
-    restore(netG, image(10, 33), 2, tile=16, tile_overlap=5)
-    assert set(netG.sizes) == {(10, 16)}
+    restore(netG, image(510, 339), 2, 256, 32)
+    assert sum(h * w for h, w in netG.sizes) / (510 * 339) < 1.25
+
+
+def test_small_tiles_go_through_the_network_together_but_are_no_more_pixels_than_a_full_one():
+    class Counts(Enlarge):
+        def forward(self, x: Tensor) -> Tensor:
+            shapes.append(tuple(x.shape))
+            return super().forward(x)
+
+    shapes: list[tuple[int, ...]] = []
+    L = image(9, 100)
+    assert torch.equal(restore(Counts(), L, 2, 32, 4), F.interpolate(L, scale_factor=2))
+    # Four tiles of 9 x 28; as many of them as 32 x 32 has pixels, which is all four.
+    assert shapes == [(4, 3, 9, 28)]
+    shapes.clear()
+    restore(Counts(), image(30, 100), 2, 32, 4)
+    assert shapes == [(1, 3, 30, 28)] * 4
 
 
 @pytest.mark.parametrize("tile", [0, 40])
