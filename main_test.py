@@ -42,7 +42,7 @@ from utils.utils_logger import setup
 from utils.utils_name import folded, output_path, safe_name
 from utils.utils_option import DatasetOptions, TestOptions, parse
 from utils.utils_run import run_facts
-from utils.utils_tile import check_tile, enough_memory, restore, tile_remedy
+from utils.utils_tile import Tile, check_tile, enough_memory, restore, tile_remedy
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Job:
     models: list[Restorer]
     sets: list[DatasetOptions]
     output: Path
-    tile: int
+    tile: Tile
     tile_overlap: int
     metrics: Sequence[str]
     report_images: int
@@ -70,7 +70,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--input", nargs="+", help="folders or images to restore; - for a set that has only --gt")
     parser.add_argument("--gt", nargs="+", help="folders or images of ground truth, paired with --input; - for none")
     parser.add_argument("--scale", type=int, help="needed only where the weights leave it open")
-    parser.add_argument("--tile", type=int, help="restore in tiles of this many pixels of L; 0 = whole (default)")
+    parser.add_argument(
+        "--tile",
+        type=_tile,
+        metavar="N",
+        help="restore in tiles of this many pixels of L; 0 = whole (default), auto = whole if the memory is enough",
+    )
     parser.add_argument("--tile_overlap", type=int, help="overlap of tiles in pixels of L (default 32)")
     parser.add_argument("--steps", type=int, help="diffusion models: steps of sampling (default as they were trained)")
     parser.add_argument("--seed", type=int, help="diffusion models: seed of the noise (default as they were trained)")
@@ -93,6 +98,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.model_path and not (args.input or args.gt):
         parser.error("give --input FOLDER, --gt FOLDER or both")
     return args
+
+
+def _tile(text: str) -> Tile:
+    try:
+        return "auto" if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of pixels nor auto") from None
 
 
 def _device(name: str | None) -> torch.device:

@@ -158,3 +158,62 @@ def test_tiles_that_do_not_exceed_their_overlap_are_refused(tile, overlap, multi
 def test_a_network_of_another_scale_is_refused():
     with pytest.raises(ValueError, match="scale 4"):
         restore(Enlarge(2), image(5, 5), 4)
+
+
+class Greedy(Enlarge):
+    """Finds too little memory for more than so many pixels."""
+
+    def __init__(self, error: Exception, most: int) -> None:
+        super().__init__()
+        self.error, self.most = error, most
+
+    def forward(self, x: Tensor) -> Tensor:
+        E = super().forward(x)
+        if x[:, :1].numel() > self.most:
+            raise self.error
+        return E
+
+
+def test_auto_takes_the_whole_image_where_the_memory_is_enough():
+    netG = Enlarge()
+    restore(netG, image(90, 70), 2, "auto", 8)
+    assert netG.sizes == [(90, 70)]
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory"), MemoryError()]
+)
+def test_auto_halves_the_tile_where_the_memory_runs_out_says_so_once_and_remembers(error, caplog):
+    netG, L = Greedy(error, 50 * 50), image(150, 120)
+    for _ in range(2):
+        assert torch.equal(restore(netG, L, 2, "auto", 8), F.interpolate(L, scale_factor=2))
+    # The whole image and the first tile no larger than 75, then tiles of 37. The second image starts with those.
+    assert sum(h * w > netG.most for h, w in netG.sizes) == 2
+    assert len(caplog.messages) == 2
+    assert "tiles of 37 from here on" in caplog.messages[-1]
+
+
+def test_auto_gives_up_below_what_is_all_border_and_on_errors_of_another_kind():
+    netG = Greedy(MemoryError(), 0)
+    with pytest.raises(MemoryError):
+        restore(netG, image(150, 120), 2, "auto", 8)
+    assert min(map(max, netG.sizes)) >= 32
+    netG = Greedy(RuntimeError("of another kind"), 0)
+    with pytest.raises(RuntimeError, match="another kind"):
+        restore(netG, image(150, 120), 2, "auto", 8)
+    assert len(netG.sizes) == 1
+
+
+def test_auto_on_the_cpu_keeps_to_half_of_the_free_memory(monkeypatch):
+    monkeypatch.setattr("utils.utils_tile._free_memory", lambda: 2.0 * 8 * 64 * 4 * (2**2 + 16) * 50**2)
+    netG, L = Enlarge(), image(150, 120)
+    assert torch.equal(restore(netG, L, 2, "auto", 8), F.interpolate(L, scale_factor=2))
+    assert max(max(size) for size in netG.sizes) <= 50 < max(L.shape)
+    netG = Enlarge()
+    restore(netG, image(50, 50), 2, "auto", 8)
+    assert netG.sizes == [(50, 50)]
+
+
+def test_auto_with_a_negative_overlap_is_refused():
+    with pytest.raises(UserError, match="tile_overlap -1"):
+        restore(Enlarge(), image(9, 9), 2, "auto", -1)

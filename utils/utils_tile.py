@@ -1,16 +1,26 @@
 """Run a generator over an image of any size, whole or in overlapping tiles."""
 
+import logging
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.utils_error import UserError
+
+logger = logging.getLogger(__name__)
+Tile = int | Literal["auto"]
+# Of tile "auto":
+_SMALLEST = 32  # pixels, below which a tile is all border
+_fitting: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # what a network was brought down to
 
 
 class _Span(NamedTuple):
@@ -29,12 +39,14 @@ class RestoresItself(Protocol):
     def restore(self, L: Tensor, tile: int, tile_overlap: int) -> Tensor: ...
 
 
-def check_tile(tile: int, tile_overlap: int, size_multiple: int = 1) -> None:
+def check_tile(tile: Tile, tile_overlap: int, size_multiple: int = 1) -> None:
     """Refuse tiles that would never get to the end of an image.
 
     Raises:
         UserError: a negative number, or ``tile`` (unless 0) exceeds ``tile_overlap`` by less than ``size_multiple``.
     """
+    if tile == "auto":
+        tile = 0
     if tile < 0 or tile_overlap < 0:
         raise UserError(f"tile {tile} and tile_overlap {tile_overlap}: must be 0 or more")
     if tile and tile < tile_overlap + size_multiple:
@@ -44,13 +56,15 @@ def check_tile(tile: int, tile_overlap: int, size_multiple: int = 1) -> None:
         )
 
 
-def tile_remedy(tile: int, setting: str) -> str:
+def tile_remedy(tile: Tile, setting: str) -> str:
     """What helps a network that finds too little memory.
 
     Args:
-        tile: of now; 0 = whole images.
+        tile: of now; 0 = whole images, "auto" = even small ones were too large.
         setting: how it is set: ``--tile ``, ``test.tile=``.
     """
+    if tile == "auto":
+        return f"the memory is too small even for small tiles; give {setting}32 and a smaller tile_overlap"
     if not tile:
         return f"the memory is too small for whole images; restore them in tiles, {setting}256"
     return f"the memory is too small for tiles of {tile}; give smaller ones, {setting}{max(tile // 2, 1)}"
@@ -67,10 +81,45 @@ def enough_memory(otherwise: str) -> Iterator[None]:
         yield
     except (UserError, OSError):
         raise
-    except Exception as error:  # OpenCV has a class of its own, PyTorch on the CPU none but RuntimeError
-        if isinstance(error, MemoryError) or re.search("allocate|out of memory", str(error), re.IGNORECASE):
+    except Exception as error:
+        if _tells_of_memory(error):
             raise UserError(otherwise) from error
         raise
+
+
+def _tells_of_memory(error: Exception) -> bool:
+    # OpenCV has a class of its own, PyTorch on the CPU none but RuntimeError.
+    return isinstance(error, MemoryError) or bool(re.search("allocate|out of memory", str(error), re.IGNORECASE))
+
+
+def _free_memory() -> float:
+    """Bytes of main memory that this process may still take, within its container's limit; 4 GiB where none says."""
+    free = []
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free += [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    except OSError:  # not Linux
+        pass
+    for folder, limit, held in (("", "memory.max", "anon"), ("memory", "memory.limit_in_bytes", "total_rss")):
+        try:
+            group = Path("/sys/fs/cgroup", folder)
+            facts = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+            free.append(float((group / limit).read_text(encoding="ascii")) - float(facts[held]))
+        except (OSError, ValueError, KeyError):  # no such group, or its limit is "max"
+            pass
+    return max(0.0, min(free, default=4 * 2.0**30))
+
+
+def _careful_tile(L: Tensor, scale: int, is_diffusion: bool) -> int:
+    """The tile for which half of the free main memory is enough, by what networks take at most; 0 = the whole image.
+
+    There is no retry where main memory runs out: systems kill. Counted for E are eight maps of 64 float32
+    features, of which RRDBNet holds about four, and for L sixteen times as many; all of it four times for diffusion,
+    whose autoencoders have wider maps.
+    """
+    each = 8 * 64 * 4 * (scale**2 + 16) * (4 if is_diffusion else 1)  # bytes a pixel of L
+    pixels = _free_memory() / 2 / (each * len(L))
+    return 0 if L.shape[-2] * L.shape[-1] <= pixels else max(math.isqrt(int(pixels)), _SMALLEST)
 
 
 def _spans(size: int, tile: int, overlap: int, multiple: int) -> list[_Span]:
@@ -176,8 +225,30 @@ def _enlarge(netG: nn.Module, L: Tensor, scale: int) -> Tensor:
     return E
 
 
+def _restore_in_what_fits(netG: nn.Module, L: Tensor, scale: int, tile_overlap: int) -> Tensor:
+    """:func:`restore` with the largest tile for which there is memory."""
+    smallest = max(_SMALLEST, 2 * tile_overlap, tile_overlap + int(getattr(netG, "size_multiple", 1)))
+    tile = _careful_tile(L, scale, isinstance(netG, RestoresItself)) if L.device.type == "cpu" else 0
+    tiles = [tile for tile in (tile, _fitting.get(netG, 0)) if tile]
+    tile = max(min(tiles), smallest) if tiles else 0
+    while True:
+        try:
+            return restore(netG, L, scale, tile, tile_overlap)
+        except Exception as error:
+            largest = max(L.shape[-2:])
+            smaller = (min(tile, largest) if tile else largest) // 2
+            if smaller < smallest or not _tells_of_memory(error):
+                raise
+        # Out of the except clause, for the error's frames hold tensors.
+        if L.device.type == "cuda":
+            torch.cuda.empty_cache()
+        tried = f"tiles of {tile}" if tile else "a whole image"
+        logger.warning("the memory is too small for %s; tiles of %d from here on", tried, smaller)
+        tile = _fitting[netG] = smaller
+
+
 @torch.inference_mode()
-def restore(netG: nn.Module, L: Tensor, scale: int, tile: int = 0, tile_overlap: int = 32) -> Tensor:
+def restore(netG: nn.Module, L: Tensor, scale: int, tile: Tile = 0, tile_overlap: int = 32) -> Tensor:
     """The estimate E of a low-quality image, tile by tile where the image is larger than a tile.
 
     Each pixel of E comes from the tile in which it lies farthest from the tile's border, so that tiles give exactly
@@ -195,7 +266,10 @@ def restore(netG: nn.Module, L: Tensor, scale: int, tile: int = 0, tile_overlap:
         netG: the generator, in the mode (``eval``) and on the device that the caller wants.
         L: (N, C, h, w) in [0, 1], of any size from 1 x 1.
         scale: factor from L to E.
-        tile: largest side of a tile in pixels of L, rounded up to ``size_multiple``; 0 = the whole image.
+        tile: largest side of a tile in pixels of L, rounded up to ``size_multiple``; 0 = the whole image; "auto" =
+            the whole image if the memory is enough, else the largest tile for which it is: on the CPU by an estimate
+            from half of what is free, on a GPU by halving where the memory runs out, from then on for that network.
+            What is chosen shows in the result only where the overlap does not cover the receptive field.
         tile_overlap: least overlap of neighbouring tiles in pixels of L, less than ``tile``.
 
     Returns:
@@ -205,6 +279,9 @@ def restore(netG: nn.Module, L: Tensor, scale: int, tile: int = 0, tile_overlap:
         UserError: ``tile`` is too small for ``tile_overlap``.
         ValueError: the network does not enlarge by ``scale``.
     """
+    if tile == "auto":
+        check_tile(tile, tile_overlap)
+        return _restore_in_what_fits(netG, L, scale, tile_overlap)
     if isinstance(netG, RestoresItself):
         return netG.restore(L, tile, tile_overlap)
     multiple = int(getattr(netG, "size_multiple", 1))
