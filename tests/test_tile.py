@@ -205,7 +205,7 @@ def test_auto_gives_up_below_what_is_all_border_and_on_errors_of_another_kind():
 
 
 def test_auto_on_the_cpu_keeps_to_half_of_the_free_memory(monkeypatch):
-    monkeypatch.setattr("utils.utils_tile._free_memory", lambda: 2.0 * 8 * 64 * 4 * (2**2 + 16) * 50**2)
+    monkeypatch.setattr("utils.utils_tile._free_memory", lambda: 2.0 * 12 * 64 * 4 * (2**2 + 16) * 50**2)
     netG, L = Enlarge(), image(150, 120)
     assert torch.equal(restore(netG, L, 2, "auto", 8), F.interpolate(L, scale_factor=2))
     assert max(max(size) for size in netG.sizes) <= 50 < max(L.shape)
