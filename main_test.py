@@ -18,10 +18,18 @@ checkpoints outside a run.
 
 import argparse
 from collections.abc import Sequence
+from typing import Literal
 
 from evaluation.metric_table import GROUPS, METRICS, choose
 from utils.utils_error import ArgumentParser, run
 from utils.utils_option import parse
+
+
+def _tile(text: str) -> int | Literal["auto"]:
+    try:
+        return "auto" if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of pixels nor auto") from None
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -32,7 +40,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--input", nargs="+", help="folders or images to restore; - for a set that has only --gt")
     parser.add_argument("--gt", nargs="+", help="folders or images of ground truth, paired with --input; - for none")
     parser.add_argument("--scale", type=int, help="needed only where the weights leave it open")
-    parser.add_argument("--tile", type=int, help="restore in tiles of this many pixels of L; 0 = whole (default)")
+    parser.add_argument(
+        "--tile",
+        type=_tile,
+        metavar="N",
+        help="restore in tiles of this many pixels of L; 0 = whole (default), auto = whole if the memory is enough",
+    )
     parser.add_argument("--tile_overlap", type=int, help="overlap of tiles in pixels of L (default 32)")
     parser.add_argument("--steps", type=int, help="diffusion models: steps of sampling (default as they were trained)")
     parser.add_argument("--seed", type=int, help="diffusion models: seed of the noise (default as they were trained)")

@@ -29,6 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from memory import forget_peak, peak
+
 from similarity_cuda import loader
 from similarity_cuda.__main__ import reason
 from utils.utils_image import imread_uint, imresize_np
@@ -130,16 +132,6 @@ def loss_of(form: str, window: int) -> Callable[[Tensor, Tensor, Tensor], Tensor
 # ---------------------------------------------------------------------------------------------------------------- CPU
 
 
-def _peak() -> float:
-    """The process's peak of resident memory in MiB, since the last :func:`_forget_peak`."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
-
-
-def _forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
 def _seconds(call: Callable[[], object], budget: float) -> float:
     """Median seconds of one to 30 calls, until the budget (in seconds) is spent."""
     times: list[float] = []
@@ -170,10 +162,10 @@ def _measure_on_cpu(form: str, window: int, sr: Tensor, hr: Tensor, mask: Tensor
             graph = self_similarity_graph(x, mask, K, window, SIGMA, ssl_mode=form)
         torch.autograd.grad(graph, x, upstream)
 
-    _forget_peak()
-    before = _peak()
+    forget_peak()
+    before = peak()
     value, gradient = loss_and_gradient()
-    extra = _peak() - before
+    extra = peak() - before
     seconds = _seconds(loss_and_gradient, 2)
     out.send((seconds, extra, _seconds(graph_and_gradient, 1), value, gradient.numpy()))
 

@@ -25,7 +25,7 @@ from utils.utils_image import ImageExtras, imresize, imsave, tensor2uint
 from utils.utils_name import folded, output_path, safe_name
 from utils.utils_option import DatasetOptions, Options, TestOptions
 from utils.utils_run import run_facts
-from utils.utils_tile import check_tile, enough_memory, restore, tile_remedy
+from utils.utils_tile import Tile, check_tile, enough_memory, restore, tile_remedy
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Job:
     models: list[Restorer]
     sets: list[DatasetOptions]
     output: Path
-    tile: int
+    tile: Tile
     tile_overlap: int
     metrics: Sequence[str]
     report_images: int

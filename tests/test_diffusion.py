@@ -313,6 +313,13 @@ def test_an_autoencoder_of_another_kind_is_refused_in_one_line(network, autoenco
     assert "\n" not in str(error.value)
 
 
+def test_auto_tiles_are_chosen_for_diffusion_too(monkeypatch) -> None:
+    L = torch.rand(1, 3, 80, 50, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(restore(sampler(), L, 4, "auto", 8), restore(sampler(), L, 4))
+    monkeypatch.setattr("utils.utils_tile._free_memory", lambda: 0.0)
+    assert torch.equal(restore(sampler(), L, 4, "auto", 8), restore(sampler(), L, 4, 32, 8))
+
+
 def test_tiles_that_would_not_get_on_are_refused() -> None:
     with pytest.raises(UserError, match="tile"):
         restore(sampler(), torch.rand(1, 3, 64, 64), 4, 16, 16)

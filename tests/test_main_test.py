@@ -104,6 +104,7 @@ def test_too_little_memory_is_one_line_whose_remedy_fits_the_tiles_of_now(tmp_pa
     for command, words in {
         (*model,): r"a\.png: .*whole images; restore them in tiles, --tile 256$",
         (*model, "--tile", "64"): "tiles of 64; give smaller ones, --tile 32$",
+        (*model, "--tile", "auto"): "even for small tiles; give --tile 32 and a smaller tile_overlap$",
         (*options,): r"in tiles, test\.tile=256$",
         (*options, "test.tile=100"): r"smaller ones, test\.tile=50$",
     }.items():
@@ -318,7 +319,7 @@ def test_a_bare_checkpoint_is_recognised_and_one_image_is_enough(tmp_path, monke
 def test_tiles_give_the_whole_image(tmp_path):
     run = save_run(tmp_path / "run")
     L = save_images(tmp_path / "L", {"a.png": (45, 38)})
-    for name, more in (("whole", []), ("tiled", ["--tile", "20", "--tile_overlap", "8"])):
+    for name, more in (("whole", []), ("tiled", ["--tile", "20", "--tile_overlap", "8"]), ("auto", ["--tile", "auto"])):
         main(["--model_path", str(run), "--input", str(L), "--output", str(tmp_path / name), *more])
     whole, tiled = (results(tmp_path / name)["run/L/a.png"].astype(int) for name in ("whole", "tiled"))
     # A float32 value between two levels may round to either.
@@ -445,6 +446,7 @@ MISTAKES = {
     "wrong sizes": ("--model_path double --input L --gt H", "10x10"),
     "two results of one name": ("--model_path run --input twins", "both"),
     "tile below overlap": ("--model_path run --input L --tile 16", "overlap"),
+    "tile that is no number": ("--model_path run --input L --tile 64px", "neither a number of pixels nor auto"),
     "negative tile": ("--model_path run --input L --tile -4", "tile"),
     "unknown device": ("--model_path run --input L --device tpu", "tpu"),
     "missing device": ("--model_path run --input L --device cuda:77", "cuda:77"),

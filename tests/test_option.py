@@ -178,6 +178,7 @@ def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
         ('path.root="a b"', "path.root", "a b"),
         ("path.pretrained_netG=C:\\zoo\\G.pth", "path.pretrained_netG", "C:\\zoo\\G.pth"),
         ("test.tile=64", "test.tile", 64),
+        ("test.tile=auto", "test.tile", "auto"),
         ('path={"root": "elsewhere"}', "path.root", "elsewhere"),
         ("task=other", "task", "other"),
         (" train.iterations =5", "train.iterations", 5),

@@ -50,13 +50,46 @@ def test_tiles_differ_where_the_overlap_is_one_pixel_too_small():
     assert difference.abs().max() > 10 * TOLERANCE
 
 
-def test_every_tile_is_a_full_one_where_the_image_allows():
+@pytest.mark.parametrize("multiple", [1, 4, 8])
+@pytest.mark.parametrize(
+    ("height", "width", "tile", "overlap"), [(510, 339, 256, 32), (50, 33, 16, 5), (10, 33, 16, 5), (257, 257, 256, 32)]
+)
+def test_tiles_share_the_work_evenly(height, width, tile, overlap, multiple):
     netG = Enlarge()
-    restore(netG, image(50, 33), 2, tile=16, tile_overlap=5)
-    assert set(netG.sizes) == {(16, 16)}
+    netG.size_multiple = multiple
+    restore(netG, image(height, width), 2, tile, overlap)
+    assert len(set(netG.sizes)) == 1
+    (side_y, side_x) = netG.sizes[0]
+    assert max(side_y, side_x) <= tile
+    assert (side_y % multiple, side_x % multiple) == (0, 0)
+    overlap = -(-overlap // multiple) * multiple
+    for size, side in ((height, side_y), (width, side_x)):
+        if size > tile:
+            padded = -(-size // multiple) * multiple
+            n = -(-(padded - overlap) // (tile - overlap))  # as few as of full tiles
+            assert 0 <= n * side - (n - 1) * overlap - padded < n * multiple
+
+
+def test_equal_tiles_cost_a_quarter_more_than_the_image_where_full_ones_cost_more_than_twice_as_much():
     netG = Enlarge()
-    restore(netG, image(10, 33), 2, tile=16, tile_overlap=5)
-    assert set(netG.sizes) == {(10, 16)}
+    restore(netG, image(510, 339), 2, 256, 32)
+    assert sum(h * w for h, w in netG.sizes) / (510 * 339) < 1.25
+
+
+def test_small_tiles_go_through_the_network_together_but_are_no_more_pixels_than_a_full_one():
+    class Counts(Enlarge):
+        def forward(self, x: Tensor) -> Tensor:
+            shapes.append(tuple(x.shape))
+            return super().forward(x)
+
+    shapes: list[tuple[int, ...]] = []
+    L = image(9, 100)
+    assert torch.equal(restore(Counts(), L, 2, 32, 4), F.interpolate(L, scale_factor=2))
+    # Four tiles of 9 x 28; as many of them as 32 x 32 has pixels, which is all four.
+    assert shapes == [(4, 3, 9, 28)]
+    shapes.clear()
+    restore(Counts(), image(30, 100), 2, 32, 4)
+    assert shapes == [(1, 3, 30, 28)] * 4
 
 
 @pytest.mark.parametrize("tile", [0, 40])
@@ -125,3 +158,62 @@ def test_tiles_that_do_not_exceed_their_overlap_are_refused(tile, overlap, multi
 def test_a_network_of_another_scale_is_refused():
     with pytest.raises(ValueError, match="scale 4"):
         restore(Enlarge(2), image(5, 5), 4)
+
+
+class Greedy(Enlarge):
+    """Finds too little memory for more than so many pixels."""
+
+    def __init__(self, error: Exception, most: int) -> None:
+        super().__init__()
+        self.error, self.most = error, most
+
+    def forward(self, x: Tensor) -> Tensor:
+        E = super().forward(x)
+        if x[:, :1].numel() > self.most:
+            raise self.error
+        return E
+
+
+def test_auto_takes_the_whole_image_where_the_memory_is_enough():
+    netG = Enlarge()
+    restore(netG, image(90, 70), 2, "auto", 8)
+    assert netG.sizes == [(90, 70)]
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory"), MemoryError()]
+)
+def test_auto_halves_the_tile_where_the_memory_runs_out_says_so_once_and_remembers(error, caplog):
+    netG, L = Greedy(error, 50 * 50), image(150, 120)
+    for _ in range(2):
+        assert torch.equal(restore(netG, L, 2, "auto", 8), F.interpolate(L, scale_factor=2))
+    # The whole image and the first tile no larger than 75, then tiles of 37. The second image starts with those.
+    assert sum(h * w > netG.most for h, w in netG.sizes) == 2
+    assert len(caplog.messages) == 2
+    assert "tiles of 37 from here on" in caplog.messages[-1]
+
+
+def test_auto_gives_up_below_what_is_all_border_and_on_errors_of_another_kind():
+    netG = Greedy(MemoryError(), 0)
+    with pytest.raises(MemoryError):
+        restore(netG, image(150, 120), 2, "auto", 8)
+    assert min(map(max, netG.sizes)) >= 32
+    netG = Greedy(RuntimeError("of another kind"), 0)
+    with pytest.raises(RuntimeError, match="another kind"):
+        restore(netG, image(150, 120), 2, "auto", 8)
+    assert len(netG.sizes) == 1
+
+
+def test_auto_on_the_cpu_keeps_to_half_of_the_free_memory(monkeypatch):
+    monkeypatch.setattr("utils.utils_tile._free_memory", lambda: 2.0 * 12 * 64 * 4 * (2**2 + 16) * 50**2)
+    netG, L = Enlarge(), image(150, 120)
+    assert torch.equal(restore(netG, L, 2, "auto", 8), F.interpolate(L, scale_factor=2))
+    assert max(max(size) for size in netG.sizes) <= 50 < max(L.shape)
+    netG = Enlarge()
+    restore(netG, image(50, 50), 2, "auto", 8)
+    assert netG.sizes == [(50, 50)]
+
+
+def test_auto_with_a_negative_overlap_is_refused():
+    with pytest.raises(UserError, match="tile_overlap -1"):
+        restore(Enlarge(), image(9, 9), 2, "auto", -1)

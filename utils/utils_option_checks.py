@@ -127,8 +127,9 @@ def _diffusion(opt: Options) -> Iterator[str]:
 
 
 def _testing(opt: Options) -> Iterator[str]:
-    if opt.test.tile and opt.test.tile_overlap >= opt.test.tile:
-        yield f"test.tile_overlap: {opt.test.tile_overlap} must be smaller than test.tile {opt.test.tile}"
+    tile, overlap = opt.test.tile, opt.test.tile_overlap
+    if tile != "auto" and tile and overlap >= tile:
+        yield f"test.tile_overlap: {overlap} must be smaller than test.tile {tile}"
 
 
 def _training_data(data: DatasetOptions, train: TrainOptions) -> Iterator[str]:
@@ -301,7 +302,7 @@ def is_read(opt: Options) -> dict[str, dict[str, bool]]:
             "pretrained_netR": with_R,
             "pretrained_netF": with_F,
         },
-        "test": {"tile_overlap": opt.test.tile > 0},
+        "test": {"tile_overlap": opt.test.tile != 0},
         "autoencoder": dict.fromkeys(("precision", "use_checkpoint"), opt.autoencoder.type != "pixel"),
     }
     for side in ("netG", "netD", "netR"):

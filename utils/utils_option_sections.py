@@ -346,7 +346,10 @@ MetricName = Literal["default", "paper", "offline", _OwnMetric, _LearnedMetric, 
 class TestOptions(Section):
     """Validation in training and ``main_test.py``."""
 
-    tile: Count = Field(0, description="restore in tiles of this many L pixels; 0 = whole images")
+    tile: Count | Literal["auto"] = Field(
+        0,
+        description='restore in tiles of this many L pixels; 0 = whole images, "auto" = whole if memory is enough',
+    )
     tile_overlap: Count = Field(32, description="overlap of neighbouring tiles in L pixels")
     param_key: str | None = Field(None, description="which weights of the file; null = params_ema, params or the file")
     output: PathText | None = Field(None, description="folder for results; null = root/task/results")
