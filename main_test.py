@@ -41,6 +41,7 @@ from utils.utils_image import ImageExtras, imresize, imsave, tensor2uint
 from utils.utils_logger import setup
 from utils.utils_name import folded, output_path, safe_name
 from utils.utils_option import DatasetOptions, TestOptions, parse
+from utils.utils_precision import PRECISION, autocast, in_float32
 from utils.utils_run import run_facts
 from utils.utils_tile import check_tile, enough_memory, restore, tile_remedy
 
@@ -60,6 +61,7 @@ class Job:
     report_images: int
     device: torch.device
     tile_setting: str  # how another tile is asked for
+    precision: str
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -75,13 +77,14 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="diffusion models: steps of sampling (default as they were trained)")
     parser.add_argument("--seed", type=int, help="diffusion models: seed of the noise (default as they were trained)")
     parser.add_argument("--metrics", nargs="+", help=f"of {', '.join(METRICS)}; or {', '.join(GROUPS)}")
+    parser.add_argument("--precision", choices=PRECISION, help="what networks compute in (default fp32)")
     parser.add_argument("--report_images", type=int, help="images in report.html; 0 = no such file (default 30)")
     parser.add_argument("--output", help="folder for the results")
     parser.add_argument("--param_key", help="which weights of the file; default an average, else params, else all")
     parser.add_argument("--device", help="cpu, cuda or cuda:1; default the first GPU, if any")
     args = parser.parse_args(argv)
     alone = [f"--{name}" for name in ("input", "gt", "scale", "tile", "tile_overlap", "output", "param_key")]
-    alone += ["--steps", "--seed", "--metrics", "--report_images"]
+    alone += ["--steps", "--seed", "--metrics", "--report_images", "--precision"]
     if (args.opt is None) == (args.model_path is None):
         parser.error("give either --opt FILE or --model_path PATH")
     if args.opt and (given := [name for name in alone if getattr(args, name[2:]) is not None]):
@@ -116,7 +119,7 @@ def _job(args: argparse.Namespace) -> Job:
         output = Path(opt.test.output) if opt.test.output else opt.task_dir / "results"
         test = opt.test
         models = [load_restorer_of(opt, device)]
-        more = test.metrics, test.report_images, device, "test.tile="
+        more = test.metrics, test.report_images, device, "test.tile=", test.precision
         return Job(models, sets, output, test.tile, test.tile_overlap, *more)
     tile = args.tile or 0
     tile_overlap = 32 if args.tile_overlap is None else args.tile_overlap
@@ -142,7 +145,8 @@ def _job(args: argparse.Namespace) -> Job:
     defaults = TestOptions()
     metrics = choose(args.metrics or defaults.metrics)
     report_images = defaults.report_images if args.report_images is None else args.report_images
-    return Job(models, sets, output, tile, tile_overlap, metrics, report_images, device, "--tile ")
+    precision = args.precision or defaults.precision
+    return Job(models, sets, output, tile, tile_overlap, metrics, report_images, device, "--tile ", precision)
 
 
 def _pairs(inputs: list[str] | None, gts: list[str] | None) -> dict[str, tuple[list[str], list[str]]]:
@@ -210,7 +214,9 @@ def _restore_set(
         broken = []
         for model in job.models:
             with enough_memory(f"{item['L_path']}: {tile_remedy(job.tile, job.tile_setting)}"):
-                E = restore(model.netG, L, scale, job.tile, job.tile_overlap)
+                with autocast(job.device, job.precision):
+                    E = restore(model.netG, L, scale, job.tile, job.tile_overlap)
+                E = in_float32(E)
             if not E.isfinite().all():
                 logger.warning(
                     "%s: what %s makes of it is not finite (NaN): no numbers of it", printable(name), model.label
@@ -276,6 +282,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "scale": first.scale,
         "tile": job.tile,
         "tile_overlap": job.tile_overlap,
+        "precision": job.precision,
     }
     report.write(job.output, run_facts(job.device), about, first.n_channels)
 

@@ -466,7 +466,10 @@ class ModelSR(ModelBase):
         network = self.netE if self.netE is not None else unwrap(self.netG)
         network.eval()
         generator = self.generator(network)
-        self.E = restore(generator, self.L, self.opt.scale, self.opt.test.tile, self.opt.test.tile_overlap)
+        test = self.opt.test
+        with autocast(self.device, test.precision):
+            E = restore(generator, self.L, self.opt.scale, test.tile, test.tile_overlap)
+        self.E = in_float32(E)
         if network is not self.netE:
             network.train()
 

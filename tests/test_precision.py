@@ -1,18 +1,23 @@
 """``train.precision`` and ``train.micro_batch`` of every model: near fp32, and the same as the whole batch."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from main_test import main as main_test
 from tests.test_ranker import Results
 from tests.test_systems import RANKED, SPSR, SPSR_TERMS, Systems
 from tests.training import SSL, Workplace, assert_same
 from utils.utils_checkpoint import unwrap
 from utils.utils_error import UserError
+from utils.utils_image import imread_uint
+from utils.utils_precision import PRECISION
 
 BOXSUM = (*SSL, "train.ssl_mode=boxsum")  # nothing to compile in a test
 KINDS: dict[str, tuple[str, ...]] = {
@@ -288,3 +293,47 @@ def test_pieces_in_half_precision_train_in_the_distributed_wrapper(
             assert log == pytest.approx(expected, rel=1e-3)  # the wrapper may sum in another order
     finally:
         torch.distributed.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------------------------------------- inference
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    return -10 * math.log10(max(1e-10, np.square((one.astype(float) - other) / 255).mean()))
+
+
+@pytest.mark.parametrize("tile", ["0", "24"])
+def test_restored_images_are_near_those_of_fp32(work: Systems, tile: str) -> None:
+    model = work.model(seed=2)
+    (work.root / "m").mkdir()
+    torch.save(model.netG.state_dict(), work.root / "m" / "x.pth")
+    images = {}
+    for precision in PRECISION:
+        out = work.root / precision
+        argv = ["--model_path", str(work.root / "m" / "x.pth"), "--input", str(work.root / "T" / "0.png")]
+        main_test([*argv, "--precision", precision, "--tile", tile, "--tile_overlap", "8", "--output", str(out)])
+        (path,) = (out / "x").rglob("*.png")
+        images[precision] = imread_uint(str(path))
+        assert json.loads((out / "results.json").read_text(encoding="utf-8"))["precision"] == precision
+    # The last layer's image is rounded to 8 bits of mantissa, as a PNG is; in fp16 a PNG hides nearly all of it.
+    assert 40 < psnr(images["bf16"], images["fp32"]) < 90
+    assert psnr(images["fp16"], images["fp32"]) > 55
+
+
+def test_validation_is_in_test_precision_whatever_training_is_in(work: Systems) -> None:
+    batch, E = three(work), {}
+    for train, test in (("fp32", "fp32"), ("bf16", "fp32"), ("fp32", "bf16")):
+        model = built(work, "plain", f"train.precision={train}", f"test.precision={test}")
+        model.feed_data(batch, need_H=False)
+        model.test()
+        assert model.E.dtype == torch.float32
+        E[train, test] = model.E
+    assert torch.equal(E["bf16", "fp32"], E["fp32", "fp32"])
+    assert 0 < distance(E["fp32", "bf16"], E["fp32", "fp32"]) < 2**-6
+
+
+def test_precision_with_an_option_file_stands_in_it(work: Systems) -> None:
+    with pytest.raises(UserError, match="--precision: with --opt these stand in the file"):
+        main_test(["--opt", work.file(), "--precision", "bf16"])
+    with pytest.raises(UserError, match=r"test\.precision: .*fp32"):
+        work.run("test.precision=half")
