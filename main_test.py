@@ -18,11 +18,12 @@ checkpoints outside a run.
 
 import argparse
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from evaluation.metric_table import GROUPS, METRICS, choose
 from utils.utils_error import ArgumentParser, run
 from utils.utils_option import parse
+from utils.utils_option_networks import Precision
 
 
 def _tile(text: str) -> int | Literal["auto"]:
@@ -50,13 +51,14 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="diffusion models: steps of sampling (default as they were trained)")
     parser.add_argument("--seed", type=int, help="diffusion models: seed of the noise (default as they were trained)")
     parser.add_argument("--metrics", nargs="+", help=f"of {', '.join(METRICS)}; or {', '.join(GROUPS)}")
+    parser.add_argument("--precision", choices=get_args(Precision), help="what networks compute in (default fp32)")
     parser.add_argument("--report_images", type=int, help="images in report.html; 0 = no such file (default 30)")
     parser.add_argument("--output", help="folder for the results")
     parser.add_argument("--param_key", help="which weights of the file; default an average, else params, else all")
     parser.add_argument("--device", help="cpu, cuda or cuda:1; default the first GPU, if any")
     args = parser.parse_args(argv)
     alone = [f"--{name}" for name in ("input", "gt", "scale", "tile", "tile_overlap", "output", "param_key")]
-    alone += ["--steps", "--seed", "--metrics", "--report_images"]
+    alone += ["--steps", "--seed", "--metrics", "--report_images", "--precision"]
     if (args.opt is None) == (args.model_path is None):
         parser.error("give either --opt FILE or --model_path PATH")
     if args.opt and (given := [name for name in alone if getattr(args, name[2:]) is not None]):

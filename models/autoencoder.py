@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from utils.utils_checkpoint import load_state_dict
 from utils.utils_error import UserError
 from utils.utils_hub import model_folder
+from utils.utils_precision import PRECISION
 
-PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FILES = (".pth", ".pt", ".ckpt", ".safetensors", ".bin")
 _NEEDED = ("config.json", "diffusion_pytorch_model.safetensors")
 _CODES_AT_ONCE = 4096

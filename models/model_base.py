@@ -4,9 +4,10 @@ import copy
 import inspect
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +23,16 @@ from utils.utils_checkpoint import load_checkpoint_file, load_network, save_atom
 from utils.utils_error import UserError
 from utils.utils_option import Options
 from utils.utils_option_sections import Side
-from utils.utils_ssl import SelfSimilarityLoss
+from utils.utils_precision import autocast, in_float32
+from utils.utils_ssl import SelfSimilarityLoss, edge_mask, mask_stride_pattern
 from utils.utils_tile import image_of, restore
 
 logger = logging.getLogger(__name__)
 
-# The terms that are means over the batch's edge pixels; every other one is a mean over its images.
+# The terms that are means over the batch's edge pixels, and those that are sums over its images; every other one is a
+# mean over its images.
 OVER_EDGES = ("ssl", "ssl_l1", "ssl_kl")
+SUMS = ("rank",)
 
 
 def _side(name: str) -> Side:
@@ -49,6 +53,18 @@ def _check_moments(optimizer: torch.optim.Optimizer) -> None:
                     raise ValueError(f"{name} of a weight of shape {tuple(parameter.shape)} is {shape}")
 
 
+class Piece(NamedTuple):
+    """A part of a batch that goes through the networks at once."""
+
+    images: slice  # of the batch
+    share: float = 1.0  # of its images
+    edges: float = 1.0  # of its edge pixels
+
+    def weight(self, term: str) -> float:
+        """What a term of this piece counts in that of the batch."""
+        return 1.0 if term in SUMS else self.edges if term in OVER_EDGES else self.share
+
+
 class ModelBase:
     """Networks that are trained: their optimizers and learning rates, their files, one step of one of them.
 
@@ -63,9 +79,10 @@ class ModelBase:
         self.shown: dict[str, Tensor] = {}  # what else is to be logged of the step at hand, parts of a loss for example
         self.networks: dict[str, nn.Module] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
-
-        # Of the losses in half precision, which would vanish; elsewhere it does nothing.
-        self.scaler = torch.amp.GradScaler(device.type, enabled=opt.train.precision == "fp16")
+        # Of each network's loss in half precision, whose gradient would vanish; elsewhere they do nothing.
+        self.scalers: dict[str, torch.amp.GradScaler] = {}
+        self.piece = Piece(slice(None))  # of the batch, at hand
+        self.trained: dict[str, dict[str, Tensor]] = {}  # of the step at hand: network -> its loss's terms
 
     # ------------------------------------------------------------------------------------------------------ building
 
@@ -77,6 +94,9 @@ class ModelBase:
         layout = torch.channels_last if self.opt.train.channels_last else torch.preserve_format
         network = network.to(self.device).to(memory_format=layout)
         self.optimizers[name] = self._optimizer(name, network.parameters())
+        self.scalers[name] = torch.amp.GradScaler(self.device.type, enabled=self.opt.train.precision == "fp16")
+        if self.in_pieces and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules()):
+            self.warn_of_pieces(f"the batch norms of net{name} take the statistics")
         if utils_dist.world_size() > 1:
             # Buffers (spectral norm, batch statistics) stay each process's own: a broadcast in the middle of a step
             # would change in place what the other forward pass of the discriminator still needs.
@@ -116,9 +136,10 @@ class ModelBase:
             if name in self.networks:
                 save_network(self.networks[name], path)
             else:
-                state: dict[str, Any] = dict(self.optimizers[name.removeprefix("optimizer")].state_dict())
-                if self.scaler.is_enabled():
-                    state["scaler"] = self.scaler.state_dict()
+                of = name.removeprefix("optimizer")
+                state: dict[str, Any] = dict(self.optimizers[of].state_dict())
+                if self.scalers[of].is_enabled():
+                    state["scaler"] = self.scalers[of].state_dict()
                 save_atomically(state, path)
 
     def _is_sound(self, name: str) -> bool:
@@ -131,13 +152,14 @@ class ModelBase:
             if name in self.networks:
                 load_network(path, self.networks[name], strict=True)
                 continue
-            optimizer = self.optimizers[name.removeprefix("optimizer")]
+            of = name.removeprefix("optimizer")
+            optimizer = self.optimizers[of]
             settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             try:
                 state = load_checkpoint_file(path)
                 scaler = state.pop("scaler", None)  # of the same run in another precision: none, or of no use
-                if scaler and self.scaler.is_enabled():
-                    self.scaler.load_state_dict(scaler)
+                if scaler and self.scalers[of].is_enabled():
+                    self.scalers[of].load_state_dict(scaler)
                 optimizer.load_state_dict(state)
                 _check_moments(optimizer)
             except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -149,44 +171,110 @@ class ModelBase:
     # ------------------------------------------------------------------------------------------------------ training
 
     def feed_data(self, data: dict[str, Any]) -> None:
-        """Take a batch; each kind of model's own."""
-        raise NotImplementedError
+        """Take a batch, or a piece of one: its tensors, on the device; each kind of model says which."""
+        self.log = {}  # of the step to come
+        tensors = {name: value for name, value in data.items() if isinstance(value, Tensor)}
+        self.fed = {name: value.to(self.device, non_blocking=True) for name, value in tensors.items()}
 
     def optimize_parameters(self, current_step: int) -> None:
         """One training step; each model's own."""
         raise NotImplementedError
 
-    def descend(self, name: str, terms: dict[str, Tensor], current_step: int) -> None:
-        """Backward through the sum of the terms, then :meth:`update` one network."""
-        self.backward(name, terms)
-        self.update({name: terms}, current_step)
+    def autocast(self) -> torch.autocast:
+        """Within it, networks compute in ``train.precision``; losses stay outside."""
+        return autocast(self.device, self.opt.train.precision)
+
+    def call(self, network: nn.Module, *inputs: Tensor) -> Any:
+        """A network's output in float32, computed in ``train.precision``."""
+        with self.autocast():
+            output = network(*inputs)
+        return in_float32(output)
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether ``train.micro_batch`` divides the batches of this process."""
+        size, data = self.opt.train.micro_batch, self.opt.train_set
+        return size is not None and data is not None and size * utils_dist.world_size() < data.dataloader_batch_size
+
+    def warn_of_pieces(self, what: str) -> None:
+        """Say that something is of each piece where it would be of the batch; ``what`` is a subject and a verb."""
+        size = self.opt.train.micro_batch
+        logger.warning("train.micro_batch: %s of %d images, not of the batch: results differ a little", what, size)
+
+    def pieces(self) -> Iterator[Piece]:
+        """The fed batch in pieces of ``train.micro_batch`` images, each of them fed in its turn: one step.
+
+        In each of them :meth:`backward` adds to the gradients, whose sums are those of the batch.
+        """
+        self.trained = {}
+        batch = self.fed
+        whole = len(next(iter(batch.values())))
+        size = min(self.opt.train.micro_batch or whole, whole)
+        if size == whole:
+            self.piece = Piece(slice(0, whole))
+            yield self.piece
+            return
+        edges = self._count_edges()
+        batch = self.fed  # perhaps with the masks that were counted
+        # Spectral norms take a step of the power iteration in each call. Without data in it, it is repeated from where
+        # the batch began: each piece sees the very weights that the whole batch would.
+        buffers = [b for net in self.networks.values() for n, b in net.named_buffers() if n.endswith(("_u", "_v"))]
+        begun = [buffer.clone() for buffer in buffers]
+        shown: dict[str, Tensor] = {}
+        for first in range(0, whole, size):
+            images = slice(first, min(first + size, whole))
+            self.feed_data({name: values[images] for name, values in batch.items()})
+            self.piece = Piece(images, len(range(whole)[images]) / whole, sum(edges[images]) / max(1.0, sum(edges)))
+            for buffer, value in zip(buffers, begun, strict=True):
+                buffer.copy_(value)
+            with ExitStack() as stack:
+                # Several processes exchange their gradients once a step, after the last piece.
+                for network in self.networks.values():
+                    if isinstance(network, DistributedDataParallel) and images.stop < whole:
+                        stack.enter_context(network.no_sync())
+                yield self.piece
+            self._add(shown, self.shown)
+            self.shown = {}
+        self.shown = shown
+
+    def _count_edges(self) -> list[float]:
+        """The edge pixels of each fed image, where a loss is a mean over them."""
+        return [1.0] * len(next(iter(self.fed.values())))
+
+    def _add(self, sums: dict[str, Tensor], terms: Mapping[str, Tensor]) -> None:
+        """Add terms of the piece at hand to those of the batch."""
+        for name, value in terms.items():
+            weighted = self.piece.weight(name) * value.detach()
+            sums[name] = sums[name] + weighted if name in sums else weighted
 
     def backward(self, name: str, terms: dict[str, Tensor]) -> None:
-        """The gradient of the sum of the terms with respect to one network, in place of its last one."""
-        self.optimizers[name].zero_grad(set_to_none=True)
-        self.add_gradient(terms)
+        """The gradient of the sum of the terms with respect to one network.
 
-    def add_gradient(self, terms: dict[str, Tensor]) -> None:
-        """Add the gradient of the sum of the terms to what is there."""
-        self.scaler.scale(torch.stack(list(terms.values())).sum()).backward()
+        In the first of the :meth:`pieces` it takes the place of the last step's, in the others it is added.
+        """
+        if name not in self.trained:
+            self.optimizers[name].zero_grad(set_to_none=True)
+        weighted = [self.piece.weight(term) * value for term, value in terms.items()]
+        self.scalers[name].scale(torch.stack(weighted).sum()).backward()
+        self._add(self.trained.setdefault(name, {}), terms)
 
-    def update(self, trained: Mapping[str, Mapping[str, Tensor]], current_step: int) -> None:
-        """Step the optimizers of some networks by the gradients that are there, and log their terms, norms, ``shown``.
+    def update(self, current_step: int) -> None:
+        """Step the networks that :meth:`backward` has given gradients, and log their terms, norms, ``shown``.
 
         Args:
-            trained: the name of each network -> its loss's terms.
             current_step: for messages.
 
         Raises:
             UserError: a loss or a gradient is NaN or infinite; all weights are left as they were.
         """
+        trained, self.trained = self.trained, {}
         if not trained:  # a step in which everything rests
             return
         terms = {term: value for of_one in trained.values() for term, value in of_one.items()}
         owner = {term: _side(name) for name, of_one in trained.items() for term in (*of_one, f"{name}_grad")}
         norms = {}
         for name in trained:
-            self.scaler.unscale_(self.optimizers[name])
+            self.scalers[name].unscale_(self.optimizers[name])
             clip = self.opt.train.optimizer(_side(name)).clipgrad or math.inf
             norms[f"{name}_grad"] = torch.nn.utils.clip_grad_norm_(self.networks[name].parameters(), clip)
         named = terms | self.shown | norms
@@ -194,18 +282,23 @@ class ModelBase:
         # One host synchronisation a step buys that no broken update is ever applied, let alone saved.
         values = torch.stack([v.detach().float() for v in named.values()]).tolist()
         self.log.update(zip(named, values, strict=True))
-        # A gradient beyond half precision makes the scaler leave this step out and halve its factor, which helps once.
-        overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        # A gradient beyond half precision makes its network's scaler leave this step out and halve its factor, which
+        # helps once.
+        forgiven = {f"{name}_grad" for name in trained if self._can_halve(self.scalers[name])}
         for term, value in zip(named, values, strict=True):
-            if not math.isfinite(value) and not (overflow and term in norms):
+            if not math.isfinite(value) and term not in forgiven:
                 side = owner.get(term, "G")
                 raise UserError(
                     f"step {current_step}: {term} is {value}, training stops before it spoils the weights; lower "
                     f"train.{side}_optimizer_lr or set train.{side}_optimizer_clipgrad, then start again to resume"
                 )
         for name in trained:
-            self.scaler.step(self.optimizers[name])
-        self.scaler.update()
+            self.scalers[name].step(self.optimizers[name])
+            self.scalers[name].update()
+
+    @staticmethod
+    def _can_halve(scaler: torch.amp.GradScaler) -> bool:
+        return scaler.is_enabled() and scaler.get_scale() > 1
 
     def update_learning_rate(self, current_step: int) -> None:
         """Set the learning rates of this step, in closed form."""
@@ -302,14 +395,22 @@ class ModelSR(ModelBase):
 
         Perhaps ``mask`` (N, 1, ...) of H's edges, and ``H_usm``, H sharpened.
         """
-        self.log = {}  # of the step to come
-        self.L: Tensor = data["L"].to(self.device, non_blocking=True)
+        super().feed_data(data if need_H else {"L": data["L"]})
+        self.L: Tensor = self.fed["L"]
         self.has_H = need_H
         if need_H:
-            self.H: Tensor = data["H"].to(self.device, non_blocking=True)
-            self.H_usm: Tensor = data["H_usm"].to(self.device, non_blocking=True) if "H_usm" in data else self.H
+            self.H: Tensor = self.fed["H"]
+            self.H_usm: Tensor = self.fed.get("H_usm", self.H)
             self._gradient_H: Tensor | None = None
-            self.mask: Tensor | None = data["mask"].to(self.device, non_blocking=True) if "mask" in data else None
+            self.mask: Tensor | None = self.fed.get("mask")
+
+    def _count_edges(self) -> list[float]:
+        if self.ssl is None:
+            return super()._count_edges()
+        mask = self.fed["mask"] if self.mask is not None else edge_mask(self.H, self.ssl.threshold)
+        self.fed["mask"] = mask
+        pattern = mask_stride_pattern(mask.shape[2], mask.shape[3], max(1, self.ssl.mask_stride))
+        return (mask * pattern.to(mask)).sum((1, 2, 3)).tolist()
 
     @property
     def gradient_H(self) -> Tensor:
@@ -334,14 +435,15 @@ class ModelSR(ModelBase):
             terms["branch"] = train.branch_weight * F.l1_loss(output.gradient, self.gradient_H)
         if train.ldl_weight > 0 and self.netE is not None:
             with torch.no_grad():
-                E_ema = image_of(self.netE(self.L))
+                E_ema = image_of(self.call(self.netE, self.L))
             terms["ldl"] = train.ldl_weight * artifact_loss(E, self.H, E_ema)
         if train.best_buddy_weight > 0:
             terms["best_buddy"] = train.best_buddy_weight * best_buddy_loss(E, self.H)
         if train.back_projection_weight > 0:
             terms["back_projection"] = train.back_projection_weight * back_projection_loss(E, self.L)
         if self.rank is not None:
-            terms["rank"] = train.rank_weight * self.rank(E)
+            with self.autocast():
+                terms["rank"] = train.rank_weight * self.rank(E)
         if self.ssl is not None:
             terms["ssl"], self.shown["ssl_l1"], self.shown["ssl_kl"] = self.ssl.parts(E, self.H, self.mask)
         return terms
@@ -364,7 +466,10 @@ class ModelSR(ModelBase):
         network = self.netE if self.netE is not None else unwrap(self.netG)
         network.eval()
         generator = self.generator(network)
-        self.E = restore(generator, self.L, self.opt.scale, self.opt.test.tile, self.opt.test.tile_overlap)
+        test = self.opt.test
+        with autocast(self.device, test.precision):
+            E = restore(generator, self.L, self.opt.scale, test.tile, test.tile_overlap)
+        self.E = in_float32(E)
         if network is not self.netE:
             network.train()
 

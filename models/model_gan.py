@@ -29,28 +29,28 @@ class ModelGAN(ModelSR):
         super().__init__(opt, device)
         self.netD = self.add_network("D", define_D(opt), opt.path.pretrained_netD, opt.train.D_param_strict)
         self.gan = GANLoss(opt.train.gan_type)
+        if self.in_pieces and self.gan.needs_real:
+            self.warn_of_pieces(f"the means of {self.gan.gan_type} are")
 
     def optimize_parameters(self, current_step: int) -> None:
         """One step of the generator and of each discriminator, all from the same batch and the same E."""
         train = self.opt.train
         # The generator rests while it is the discriminators' turn alone.
         with_G = current_step > train.D_init_iters and current_step % train.D_update_ratio == 0
-        with torch.set_grad_enabled(with_G):
-            output = self.netG(self.L)
-            self.E = image_of(output)
-            contests = {name: contest for name, contest in self.contests().items() if contest.weight > 0}
+        for _ in self.pieces():
+            with torch.set_grad_enabled(with_G):
+                output = self.call(self.netG, self.L)
+                self.E = image_of(output)
+                contests = {name: contest for name, contest in self.contests().items() if contest.weight > 0}
 
-        trained = {}
-        if with_G:
-            terms = self.fidelity_terms(output)
+            if with_G:
+                terms = self.fidelity_terms(output)
+                for name, contest in contests.items():
+                    terms[f"{name}_loss"] = contest.weight * self._fooling(name, contest)
+                self.backward("G", terms)
             for name, contest in contests.items():
-                terms[f"{name}_loss"] = contest.weight * self._fooling(name, contest)
-            self.backward("G", terms)
-            trained["G"] = terms
-        for name, contest in contests.items():
-            trained[name] = self._telling_apart(name, contest)
-            self.backward(name, trained[name])
-        self.update(trained, current_step)
+                self.backward(name, self._telling_apart(name, contest))
+        self.update(current_step)
         if with_G:
             self.update_E()
 
@@ -66,15 +66,15 @@ class ModelGAN(ModelSR):
         # Unwrapped: gradients pass through D to E, and D's own must not be exchanged between processes.
         netD = unwrap(self.networks[name]).requires_grad_(False)
         with torch.no_grad():
-            pred_real = netD(contest.real) if self.gan.needs_real else None
-        loss = self.gan.generator(netD(contest.fake), pred_real)
+            pred_real = self.call(netD, contest.real) if self.gan.needs_real else None
+        loss = self.gan.generator(self.call(netD, contest.fake), pred_real)
         netD.requires_grad_(True)
         return loss
 
     def _telling_apart(self, name: str, contest: Contest) -> dict[str, Tensor]:
         """The losses of one discriminator, by name."""
         netD = self.networks[name]
-        pred_real, pred_fake = netD(contest.real), netD(contest.fake.detach())
+        pred_real, pred_fake = self.call(netD, contest.real), self.call(netD, contest.fake.detach())
         self.shown |= {f"{name}_real": pred_real.detach().mean(), f"{name}_fake": pred_fake.detach().mean()}
         l_real, l_fake = self.gan.discriminator(pred_real, pred_fake)
         return {f"l_{name.lower()}_real": l_real, f"l_{name.lower()}_fake": l_fake}

@@ -8,9 +8,10 @@ class ModelPlain(ModelSR):
     """One generator, trained against the ground truth."""
 
     def optimize_parameters(self, current_step: int) -> None:
-        """One step of the generator."""
-        output = self.netG(self.L)
-        self.E = image_of(output)
-        terms = self.fidelity_terms(output)
-        self.descend("G", terms, current_step)
+        """One step of the generator, the batch at once or in pieces."""
+        for _ in self.pieces():
+            output = self.call(self.netG, self.L)
+            self.E = image_of(output)
+            self.backward("G", self.fidelity_terms(output))
+        self.update(current_step)
         self.update_E()

@@ -10,6 +10,7 @@ from models.model_base import ModelBase
 from models.select_network import define_R
 from utils.utils_checkpoint import unwrap
 from utils.utils_option import Options
+from utils.utils_precision import in_float32
 
 
 class ModelRanker(ModelBase):
@@ -21,20 +22,23 @@ class ModelRanker(ModelBase):
 
     def feed_data(self, data: dict[str, Any]) -> None:
         """Take a batch: ``better`` and ``worse`` (N, C, h, w), RGB in [0, 1]."""
-        self.log = {}  # of the step to come
-        self.better: Tensor = data["better"].to(self.device, non_blocking=True)
-        self.worse: Tensor = data["worse"].to(self.device, non_blocking=True)
+        super().feed_data(data)
+        self.better: Tensor = self.fed["better"]
+        self.worse: Tensor = self.fed["worse"]
 
     def optimize_parameters(self, current_step: int) -> None:
-        """One step of the ranker."""
-        better, worse = self.scores(self.netR)
-        loss = margin_ranking_loss(better, worse, torch.zeros_like(better), torch.ones_like(worse))
-        self.shown = {
-            "in_order": (better < worse).float().mean(),
-            "score_better": better.mean(),
-            "score_worse": worse.mean(),
-        }
-        self.descend("R", {"rank_loss": loss}, current_step)
+        """One step of the ranker, the batch at once or in pieces."""
+        for _ in self.pieces():
+            with self.autocast():
+                better, worse = map(in_float32, self.scores(self.netR))
+            loss = margin_ranking_loss(better, worse, torch.zeros_like(better), torch.ones_like(worse))
+            self.shown = {
+                "in_order": (better < worse).float().mean(),
+                "score_better": better.mean(),
+                "score_worse": worse.mean(),
+            }
+            self.backward("R", {"rank_loss": loss})
+        self.update(current_step)
 
     def scores(self, network: nn.Module) -> tuple[Tensor, Tensor]:
         """What a ranker says of the better and of the worse images: (N, 1) each."""

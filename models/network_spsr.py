@@ -36,8 +36,10 @@ class GradientMap(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         channels = x.shape[1]
-        v = F.conv2d(x, self.weight_v.expand(channels, 1, 3, 3), padding=1, groups=channels)
-        h = F.conv2d(x, self.weight_h.expand(channels, 1, 3, 3), padding=1, groups=channels)
+        # Differences of neighbours in half precision would be little but rounding.
+        with torch.autocast(x.device.type, enabled=False):
+            v = F.conv2d(x, self.weight_v.expand(channels, 1, 3, 3), padding=1, groups=channels)
+            h = F.conv2d(x, self.weight_h.expand(channels, 1, 3, 3), padding=1, groups=channels)
         return torch.sqrt(v.square() + h.square() + 1e-6)
 
 

@@ -139,7 +139,8 @@ class DiffusionSampler(nn.Module):
         x = self._sample(y.float(), 2 * padded - 1, in_tiles)
         E = (in_tiles(autoencoder.decode, x).float() + 1) / 2
         E = E[..., : h * scale, : w * scale]
-        return E if self.color_fix is None else self.color_fix(E, enlarge(L, scale))
+        with torch.autocast(L.device.type, enabled=False):  # no network
+            return E if self.color_fix is None else self.color_fix(E, enlarge(L, scale))
 
     def _sample(self, y: Tensor, L: Tensor, in_tiles: Callable[..., Tensor]) -> Tensor:
         """-> a sample of x0 given the latent y."""

@@ -24,6 +24,7 @@ from utils.utils_error import UserError, printable
 from utils.utils_image import ImageExtras, imresize, imsave, tensor2uint
 from utils.utils_name import folded, output_path, safe_name
 from utils.utils_option import DatasetOptions, Options, TestOptions
+from utils.utils_precision import autocast, in_float32
 from utils.utils_run import run_facts
 from utils.utils_tile import Tile, check_tile, enough_memory, restore, tile_remedy
 
@@ -43,6 +44,7 @@ class Job:
     report_images: int
     device: torch.device
     tile_setting: str  # how another tile is asked for
+    precision: str
 
 
 def _device(name: str | None) -> torch.device:
@@ -70,7 +72,7 @@ def job_of(args: Namespace, opt: Options | None) -> Job:
         output = Path(opt.test.output) if opt.test.output else opt.task_dir / "results"
         test = opt.test
         models = [load_restorer_of(opt, device)]
-        more = test.metrics, test.report_images, device, "test.tile="
+        more = test.metrics, test.report_images, device, "test.tile=", test.precision
         return Job(models, sets, output, test.tile, test.tile_overlap, *more)
     tile = args.tile or 0
     tile_overlap = 32 if args.tile_overlap is None else args.tile_overlap
@@ -96,7 +98,8 @@ def job_of(args: Namespace, opt: Options | None) -> Job:
     defaults = TestOptions()
     metrics = args.metrics or defaults.metrics
     report_images = defaults.report_images if args.report_images is None else args.report_images
-    return Job(models, sets, output, tile, tile_overlap, metrics, report_images, device, "--tile ")
+    precision = args.precision or defaults.precision
+    return Job(models, sets, output, tile, tile_overlap, metrics, report_images, device, "--tile ", precision)
 
 
 def _pairs(inputs: list[str] | None, gts: list[str] | None) -> dict[str, tuple[list[str], list[str]]]:
@@ -164,7 +167,9 @@ def _restore_set(
         broken = []
         for model in job.models:
             with enough_memory(f"{item['L_path']}: {tile_remedy(job.tile, job.tile_setting)}"):
-                E = restore(model.netG, L, scale, job.tile, job.tile_overlap)
+                with autocast(job.device, job.precision):
+                    E = restore(model.netG, L, scale, job.tile, job.tile_overlap)
+                E = in_float32(E)
             if not E.isfinite().all():
                 logger.warning(
                     "%s: what %s makes of it is not finite (NaN): no numbers of it", printable(name), model.label
@@ -227,5 +232,6 @@ def test(job: Job) -> None:
         "scale": first.scale,
         "tile": job.tile,
         "tile_overlap": job.tile_overlap,
+        "precision": job.precision,
     }
     report.write(job.output, run_facts(job.device), about, first.n_channels)

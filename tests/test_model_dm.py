@@ -272,7 +272,7 @@ def test_in_half_precision_weights_and_losses_stay_in_float32(work: Workplace, p
     model = fed(work, *TERMS, f"train.precision={precision}", "netG.residual=false")
     assert model.ssl is not None
     if precision == "fp16":  # from the default factor, 2^16, it would take some steps down to where nothing overflows
-        model.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        model.scalers["G"] = torch.amp.GradScaler("cpu", init_scale=64.0)
     kinds, inside = [], []
     parts = model.ssl.parts
     model.ssl.parts = lambda E, H, mask: (kinds.append(E.dtype), parts(E, H, mask))[1]  # type: ignore[method-assign]
@@ -295,15 +295,16 @@ def test_in_half_precision_weights_and_losses_stay_in_float32(work: Workplace, p
 
 def test_a_gradient_beyond_half_precision_is_left_out_and_the_factor_halved(work: Workplace) -> None:
     model = fed(work, "train.precision=fp16", "netG.residual=false")
-    model.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
+    model.scalers["G"] = torch.amp.GradScaler("cpu", init_scale=2.0**100)
     before = [p.detach().clone() for p in model.netG.parameters()]
     model.optimize_parameters(1)
     assert all(torch.equal(a, b) for a, b in zip(before, model.netG.parameters(), strict=True))
-    assert model.scaler.get_scale() == 2.0**99
-    model.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    assert model.scalers["G"].get_scale() == 2.0**99
+    model.scalers["G"] = torch.amp.GradScaler("cpu", init_scale=1.0)
     term = (next(model.netG.parameters()) * 0).sum().sqrt()  # 0, with an infinite slope
+    model.backward("G", {"dm_loss": term})
     with pytest.raises(UserError, match="G_grad is nan"):  # no factor helps that
-        model.descend("G", {"dm_loss": term}, 2)
+        model.update(2)
 
 
 def test_the_scaler_is_saved_and_another_precision_goes_on_without_it(work: Workplace) -> None:
@@ -509,12 +510,6 @@ def test_options_that_do_not_fit_are_one_line_before_anything_is_written(work: W
         work.run(*overrides)
     assert "\n" not in str(error.value)
     assert not (work.root / "runs").exists()
-
-
-@pytest.mark.parametrize("override", ["train.precision=bf16", "train.micro_batch=1"])
-def test_what_only_diffusion_has_is_refused_elsewhere(tmp_path: Path, override: str) -> None:
-    with pytest.raises(UserError, match="is for model dm, not plain"):
-        Workplace(tmp_path).run(override)
 
 
 def test_a_file_for_another_script_is_told_this_one(work: Workplace) -> None:

@@ -306,7 +306,7 @@ READ_ELSEWHERE |= {"datasets.train.name", "datasets.test.name"}
 FIXED = {"in_nc", "out_nc", "upscale", "net_type", "type", "colors", "in_chans", "is_train", "unused", "seed", "phase"}
 FIXED |= {"D_scheduler_type", "diffusion", "netG", "netD", "netR", "autoencoder", "root"}
 # What parse refuses where nothing would read it.
-REFUSED = ("train.micro_batch=2", "train.branch_weight=1", "train.gradient_D_lossfn_weight=1", "autoencoder.path=x")
+REFUSED = ("train.branch_weight=1", "train.gradient_D_lossfn_weight=1", "autoencoder.path=x")
 REFUSED += ("datasets.train.pair_pool=4",)
 
 

@@ -268,7 +268,6 @@ def ranked(*folders: str) -> str:
         ([f"{TRAIN}degradation_device=gpu"], r"degradation_device: gpu, and pair_pool, are for dataset_type blindsr"),
         (["netR=null"], "netR: is required for model ranker"),
         (["train.R_optimizer_betas=[1, 0.9]"], r"train\.R_optimizer_betas: each must lie"),
-        (["train.precision=bf16"], r"train\.precision: is for model dm, not ranker"),
         (["model=plain"], "netG: is required and missing"),
         (["model=plain", "netG.net_type=rrdb"], r"datasets\.\w+\.dataset_type: rank is for model ranker, not plain"),
         (["path.pretrained_netR=x.pth"], r"x\.pth: no such file"),

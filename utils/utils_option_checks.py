@@ -201,6 +201,8 @@ def _systems(opt: Options, netG: NetG, size: int) -> Iterator[str]:
 def _weights(opt: Options) -> Iterator[str]:
     train = opt.train
     fidelity = fidelity_weight(train)
+    if train.micro_batch and train.G_lossfn_type == "l2sum":
+        yield "train.micro_batch: l2sum is a sum over the batch, which pieces would change; use l2"
     if opt.model == "plain" and not fidelity:
         yield "train.G_lossfn_weight: all losses of the generator have weight 0: nothing to train"
     if opt.model == "dm" and not (fidelity or train.dm_weight):
@@ -250,7 +252,6 @@ def _ranker(opt: Options) -> Iterator[str]:
             yield f"{key}.H_size: the ranker needs patches of at least 32 pixels, not {data.H_size}"
     yield from _betas(opt.train, "R")
     yield from _schedule(opt)
-    yield from _model_dm(opt)
 
 
 def _schedule(opt: Options) -> Iterator[str]:
@@ -263,17 +264,12 @@ def _schedule(opt: Options) -> Iterator[str]:
 
 
 def _model_dm(opt: Options) -> Iterator[str]:
-    """What training a diffusion model needs, and what only it can have."""
-    train, micro = opt.train, opt.train.micro_batch
+    """What a diffusion model cannot have."""
     if opt.model != "dm":
-        if train.precision != "fp32" or micro:
-            yield f"train.{'micro_batch' if micro else 'precision'}: is for model dm, not {opt.model}; remove it"
         return
     for name in ("ldl", "branch", "rank", "D_lossfn", "gradient_D_lossfn"):
-        if train[f"{name}_weight"]:
+        if opt.train[f"{name}_weight"]:
             yield f"train.{name}_weight: model dm has no such loss; set it to 0"
-    if micro and train.G_lossfn_type == "l2sum":
-        yield "train.micro_batch: l2sum is a sum over the batch, which pieces would change; use l2"
 
 
 # ---------------------------------------------------------------------------------------------------- read by nobody

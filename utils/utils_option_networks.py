@@ -44,6 +44,7 @@ _BACKSLASH = r"a single backslash makes of the letter after it; write \\ or / in
 # The largest numbers only keep out what no machine could compute or count.
 Channels = Annotated[Literal[1, 3], BeforeValidator(_no_bool)]
 Count = Annotated[int, BeforeValidator(integral), Field(ge=0, le=10**15)]
+Precision = Literal["fp32", "bf16", "fp16"]
 Positive = Annotated[int, BeforeValidator(integral), Field(ge=1, le=10**15)]
 Pixels = Annotated[int, BeforeValidator(integral), Field(ge=1, le=65536)]
 Features = Annotated[int, BeforeValidator(integral), Field(ge=1, le=16384)]
@@ -236,7 +237,7 @@ class _StableDiffusionNetwork(DiffusionNetwork):
     base: PathText = Field(
         description="Stable Diffusion 1 or 2, which stays as it is: a folder in diffusers' layout, or a hub's name"
     )
-    base_precision: Literal["fp32", "bf16", "fp16"] = Field(
+    base_precision: Precision = Field(
         "fp32", description="what its weights are kept and computed with in; the trained ones are kept in fp32"
     )
     use_checkpoint: bool = Field(False, description="recompute blocks in the backward pass: less memory, more time")

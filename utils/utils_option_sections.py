@@ -15,6 +15,7 @@ from utils.utils_option_networks import (
     PathText,
     Pixels,
     Positive,
+    Precision,
     RankerOptions,
     Rate,
     Section,
@@ -64,7 +65,7 @@ class AutoencoderOptions(Section):
         "pixel", description="where diffusion happens: pixels, VQ-f4's latent (ResShift) or Stable Diffusion's"
     )
     path: PathText | None = Field(None, description="vq, kl: the trained autoencoder, a file, a folder or a hub's name")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="what its weights are kept and computed in")
+    precision: Precision = Field("fp32", description="what its weights are kept and computed in")
     use_checkpoint: bool = Field(
         False, description="recompute its decoder's blocks in the backward pass: less memory for SSL, more time"
     )
@@ -209,11 +210,16 @@ class TrainOptions(Section):
     channels_last: bool = Field(
         False, description="networks with the channels innermost in memory: faster convolutions on some GPUs and CPUs"
     )
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="dm: what networks compute in while training (autocast); the losses stay in fp32"
+    precision: Precision = Field(
+        "fp32",
+        description="what networks compute in while training (autocast); weights, VGG, LPIPS and the losses keep fp32; "
+        "fp16 with a loss scaler for each network",
     )
     micro_batch: Positive | None = Field(
-        None, description="dm: images that go through the network at once, the batch being done in pieces; null = all"
+        None,
+        description="images that go through the networks at once, the batch of each process being done in pieces; null "
+        "= all. Gradients are the batch's; the statistics of batch norms and the means of ragan and ragan_basicsr are "
+        "each piece's",
     )
 
     G_lossfn_type: Literal["l1", "l2", "l2sum", "charbonnier", "ssim"] = Field("l1", description="pixel loss")
@@ -351,6 +357,9 @@ class TestOptions(Section):
         description='restore in tiles of this many L pixels; 0 = whole images, "auto" = whole if memory is enough',
     )
     tile_overlap: Count = Field(32, description="overlap of neighbouring tiles in L pixels")
+    precision: Precision = Field(
+        "fp32", description="what networks compute in (autocast), in validation too; images and weights are in fp32"
+    )
     param_key: str | None = Field(None, description="which weights of the file; null = params_ema, params or the file")
     output: PathText | None = Field(None, description="folder for results; null = root/task/results")
     images: Count = Field(4, description="validation: how many images go into the grid; 0 = none")
