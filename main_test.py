@@ -20,8 +20,8 @@ import argparse
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from evaluation.metric_table import GROUPS, METRICS, choose
 from utils.utils_error import ArgumentParser, run
+from utils.utils_metric_table import GROUPS, METRICS, choose
 from utils.utils_option import parse
 from utils.utils_option_networks import Precision
 
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     args = _arguments(argv)
     opt = parse(args.opt, is_train=False, overrides=args.override) if args.opt else None
-    from testing.run import job_of, test  # with torch and all models: once the options are right
+    from evaluation.run import job_of, test  # with torch and all models: once the options are right
     from utils.utils_logger import setup
 
     setup()

@@ -12,9 +12,9 @@ from itertools import combinations
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from evaluation.metric_table import METRICS
 from utils.utils_error import UserError, check_regular, printable
 from utils.utils_image import IMAGE_SUFFIXES, get_image_paths, get_mask_paths
+from utils.utils_metric_table import METRICS
 from utils.utils_name import cell
 from utils.utils_npy import RAW_SUFFIX
 from utils.utils_option import DatasetOptions

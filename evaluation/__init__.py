@@ -1,1 +1,3 @@
-"""How good restored images are: metrics, tables, the page of a report, figures."""
+"""Test sets restored and measured: metrics, tables, the page of a report, figures."""
+
+import utils  # noqa: F401  its setting for OpenMP must stand before torch is imported

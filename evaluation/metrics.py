@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from evaluation.metric_table import GROUPS, METRICS, choose
 from utils.utils_error import UserError
 from utils.utils_image import calculate_psnr, calculate_ssim, uint2tensor4, unrounded_y
+from utils.utils_metric_table import GROUPS, METRICS, choose
 from utils.utils_ssl import edge_mask, graph_difference, self_similarity_graph
 
 logger = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from evaluation.metric_table import METRICS
 from evaluation.metrics import Measured
 from utils.utils_image import uint2tensor4
+from utils.utils_metric_table import METRICS
 from utils.utils_run import to_json, write_atomically
 from utils.utils_ssl import edge_mask
 

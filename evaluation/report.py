@@ -4,9 +4,7 @@ import csv
 import io
 import logging
 import math
-import os
 import re
-import sys
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,13 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from evaluation.metric_table import METRICS
 from evaluation.metrics import Measurer, mean_metrics
 from evaluation.page import Gallery, write_html
-from utils.utils_error import UserError, printable
+from utils.utils_error import printable
 from utils.utils_image import imsave
-from utils.utils_lmdb import split_path
-from utils.utils_name import cell, folded, output_path, safe_name
+from utils.utils_metric_table import METRICS
+from utils.utils_name import cell, output_path
 from utils.utils_run import save_json, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -33,77 +30,6 @@ Picture = NDArray[np.uint8]
 # ------------------------------------------------------------------------------------------------- where results go
 
 RESULTS = ("results.json", "results.csv", "results.md", "report.html", "side_by_side.png")
-
-
-def output_names(paths: Sequence[str], roots: Sequence[str]) -> list[str]:
-    """For each image the name of its result, ``sub/folder/stem``: its path below the root that holds it.
-
-    Files of a folder keep their names. The keys of LMDB folders, which can hold anything, are made names of files.
-
-    Raises:
-        UserError: two images would have results of one name.
-    """
-    order = {root: i for i, root in reversed([*enumerate(map(Path, roots))])}
-    names: dict[str, str] = {}
-    taken: dict[str, str] = {}
-    for path in map(Path, paths):
-        root = min((p for p in (path, *path.parents) if p in order), key=order.__getitem__)
-        parts = (path.relative_to(root) if path != root else Path(path.name)).with_suffix("").parts
-        if split_path(path):
-            parts = tuple(safe_name(part) for part in parts)
-        name = "/".join(parts)
-        key = folded(name) if sys.platform in ("win32", "darwin") else name
-        if key in taken:
-            raise UserError(f"{path} and {taken[key]}: both would be saved as {name}.png; rename one")
-        names[name] = taken[key] = str(path)
-    return list(names)
-
-
-def check_output(output: Path, inputs: Sequence[str], roots: Sequence[str], names: Sequence[str] = ()) -> None:
-    """Results must stay clear of the input images, now and when the same command runs again.
-
-    Folders are compared as the system knows them: links, mounts and spelling do not hide that two are one.
-
-    Args:
-        output: the folder for the results.
-        inputs: the images, below the folders or files ``roots``.
-        names: of files that will be written below ``output``, as far as they are known.
-
-    Raises:
-        UserError: ``output`` is no folder, holds one of the ``inputs`` or lies in one of the folders ``roots``, or one
-            of the ``names`` leads out of it.
-    """
-    remedy = "give another folder for the results"
-    folder = output.resolve()
-    for parent in [folder, *folder.parents]:
-        if parent.exists() and not parent.is_dir():
-            raise UserError(f"{output}: {parent} is a file; {remedy}")
-    identities: dict[Path, tuple[int, int] | None] = {}
-
-    def identity(place: Path) -> tuple[int, int] | None:
-        if place not in identities:
-            try:
-                status = place.stat()
-                identities[place] = (status.st_dev, status.st_ino)
-            except OSError:  # not there yet, or an image of an LMDB folder
-                identities[place] = None
-        return identities[place]
-
-    here = identity(folder)
-    folder_of = {path: Path((split_path(path) or (os.path.dirname(path), ""))[0]).resolve() for path in inputs}
-    for path, its_folder in folder_of.items():
-        parents = (its_folder, *its_folder.parents)
-        if folder in parents or (here and here in map(identity, parents)):
-            raise UserError(f"{output}: holds the input image {path}; {remedy}")
-    above = [place for place in map(identity, folder.parents) if place]
-    for root in roots:
-        place = Path(root).resolve()
-        if place in folder.parents or identity(place) in above:
-            raise UserError(f"{output}: lies among the input images in {root}; {remedy}")
-    holding = {identity(its_folder): path for path, its_folder in folder_of.items()}
-    for folder in dict.fromkeys(output_path(output, name).parent for name in names):
-        if (met := identity(folder)) and met in holding:
-            raise UserError(f"{folder}: holds the input image {holding[met]}; {remedy}")
 
 
 # ------------------------------------------------------------------------------------------------------------ tables

@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-ROOMS = ("training", "testing", "data", "models", "evaluation", "utils", "similarity_cuda", "options", "tests")
+ROOMS = ("training", "data", "models", "evaluation", "utils", "similarity_cuda", "options", "tests")
 
 # What is then done with them: the loss alone, by every kind of model; the network; the recipe.
 TRAIN = """

@@ -82,7 +82,7 @@ def test_bicubic_is_computed_only_where_somebody_sees_it(tmp_path, monkeypatch, 
     for folder in "LH":
         save_images(tmp_path / folder, {"a.png": (16, 20), "b.png": (16, 20)})
     calls = []
-    monkeypatch.setattr("testing.run.imresize", lambda L, scale: calls.append(L) or imresize(L, scale))
+    monkeypatch.setattr("evaluation.run.imresize", lambda L, scale: calls.append(L) or imresize(L, scale))
     main(["--model_path", "run", *sets, "--output", "out", *more])
     assert len(calls) == computed
 
@@ -99,7 +99,7 @@ def test_too_little_memory_is_one_line_whose_remedy_fits_the_tiles_of_now(tmp_pa
     def fails(*_args, **_kwargs):
         raise error
 
-    monkeypatch.setattr("testing.run.restore", fails)
+    monkeypatch.setattr("evaluation.run.restore", fails)
     model, options = ["--model_path", "run", "--input", "L"], ["--opt", "test_x.json"]
     for command, words in {
         (*model,): r"a\.png: .*whole images; restore them in tiles, --tile 256$",
@@ -111,7 +111,7 @@ def test_too_little_memory_is_one_line_whose_remedy_fits_the_tiles_of_now(tmp_pa
         with pytest.raises(UserError, match=words):
             main([*command])
     monkeypatch.setattr("evaluation.report.Report.add", fails)
-    monkeypatch.setattr("testing.run.restore", restore)
+    monkeypatch.setattr("evaluation.run.restore", restore)
     for command, words in {
         (*model, "--tile", "64"): "fewer metrics, or cut",
         (*options,): r"test\.tile=256, or cut",

@@ -12,10 +12,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # From the roof to the ground; those that share a floor know nothing of each other.
 FLOORS = [
     ("main_*.py",),
-    ("training", "testing", "data/preparation"),
+    ("training", "evaluation", "data/preparation"),
     ("models/model_*", "data"),
     ("models", "data/degradations"),
-    ("evaluation",),
     ("utils",),
     ("similarity_cuda",),
 ]
@@ -39,7 +38,7 @@ def room_of(module: str) -> str | None:
 def modules() -> dict[str, Path]:
     """Every module of the house, by its dotted name."""
     found = [*REPOSITORY.glob("main_*.py")]
-    for folder in ("training", "testing", "data", "models", "evaluation", "utils", "similarity_cuda"):
+    for folder in ("training", "data", "models", "evaluation", "utils", "similarity_cuda"):
         found += (REPOSITORY / folder).rglob("*.py")
     names = {path: ".".join(path.relative_to(REPOSITORY).with_suffix("").parts) for path in found}
     return {name.removesuffix(".__init__"): path for path, name in sorted(names.items(), key=lambda item: item[1])}

@@ -12,10 +12,10 @@ import cv2
 import numpy as np
 
 from data.preparation.run import IMAGE_ERRORS, SETTINGS, Outcome, Tally, check_settings, claim, one_line, run_all
-from evaluation.report import check_output, output_names
 from utils.utils_error import UserError, printable
 from utils.utils_image import decode, get_image_paths, get_mask_paths, read_file, read_mask
 from utils.utils_lmdb import META, import_lmdb
+from utils.utils_name import check_output, output_names
 from utils.utils_run import write_atomically
 
 _UNFINISHED = "meta_info.unfinished"

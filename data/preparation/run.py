@@ -33,10 +33,9 @@ import torch
 from tqdm import tqdm
 
 from data.preparation.arguments import Arguments
-from evaluation.report import check_output, output_names
 from utils.utils_error import UserError, printable
 from utils.utils_image import Array, dropped, get_image_paths, imsave, read_file, save_mask
-from utils.utils_name import output_path
+from utils.utils_name import check_output, output_names, output_path
 from utils.utils_run import save_json, write_atomically
 
 SETTINGS = "prepared.json"
