@@ -19,12 +19,12 @@ from data.files import group_files
 from data.select_dataset import define_Dataset
 from evaluation.metrics import Measurer
 from evaluation.report import RESULTS, Report
+from models.precision import autocast, in_float32
 from models.restorer import Restorer, load_restorer, load_restorer_of, run_folder, set_sampling
 from utils.utils_error import UserError, printable
 from utils.utils_image import ImageExtras, imresize, imsave, tensor2uint
 from utils.utils_name import check_output, folded, output_names, output_path, safe_name
 from utils.utils_option import DatasetOptions, Options, TestOptions
-from utils.utils_precision import autocast, in_float32
 from utils.utils_run import run_facts
 from utils.utils_tile import Tile, check_tile, enough_memory, restore, tile_remedy
 

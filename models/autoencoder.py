@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.hub import model_folder
+from models.precision import PRECISION
 from utils.utils_checkpoint import load_state_dict
 from utils.utils_error import UserError
-from utils.utils_hub import model_folder
-from utils.utils_precision import PRECISION
 
 _FILES = (".pth", ".pt", ".ckpt", ".safetensors", ".bin")
 _NEEDED = ("config.json", "diffusion_pytorch_model.safetensors")

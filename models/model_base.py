@@ -17,13 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 from models.loss import LPIPSLoss, PerceptualLoss, pixel_loss
 from models.loss_systems import RankLoss, artifact_loss, back_projection_loss, best_buddy_loss
 from models.network_spsr import GradientMap, SPSROutput
+from models.precision import autocast, in_float32
 from models.select_network import define_G, define_R
 from utils import utils_dist
 from utils.utils_checkpoint import load_checkpoint_file, load_network, save_atomically, save_network, unwrap
 from utils.utils_error import UserError
 from utils.utils_option import Options
 from utils.utils_option_sections import Side
-from utils.utils_precision import autocast, in_float32
 from utils.utils_ssl import SelfSimilarityLoss, edge_mask, mask_stride_pattern
 from utils.utils_tile import image_of, restore
 

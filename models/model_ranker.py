@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from models.loss_systems import margin_ranking_loss
 from models.model_base import ModelBase
+from models.precision import in_float32
 from models.select_network import define_R
 from utils.utils_checkpoint import unwrap
 from utils.utils_option import Options
-from utils.utils_precision import in_float32
 
 
 class ModelRanker(ModelBase):

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.autoencoder import define_autoencoder
+from models.color_fix import adain_color_fix, wavelet_color_fix
 from models.diffusion import DDPM, OneStep, Process, ResShift
-from utils.utils_color import adain_color_fix, wavelet_color_fix
 from utils.utils_error import UserError
 from utils.utils_tile import blend_tiles, check_tile, pad_to_multiple
 

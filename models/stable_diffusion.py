@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.hub import model_folder
+from models.precision import PRECISION
 from utils.utils_error import UserError
-from utils.utils_hub import model_folder
-from utils.utils_precision import PRECISION
 
 # What a pipeline's folder must hold, and the classes that can be read; of the autoencoder only its settings are.
 _PARTS = {

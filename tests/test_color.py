@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from utils.utils_color import adain_color_fix, wavelet_color_fix
+from models.color_fix import adain_color_fix, wavelet_color_fix
 
 BOTH = pytest.mark.parametrize("fix", [adain_color_fix, wavelet_color_fix])
 # Sums of values near 1 in float32, in another order.

@@ -13,6 +13,7 @@ import torch
 from data.files import list_files
 from data.preparation import run
 from data.preparation.pack import pack_lmdb
+from evaluation.report import write_csv
 from main_prepare_data import main as prepare_main
 from main_show_ssg import main as show_main
 from main_test import main as restore_main
@@ -21,7 +22,7 @@ from tests.test_main_test import save_images, save_run
 from utils import utils_lmdb, utils_logger
 from utils.utils_error import UserError, accept_all_characters, printable
 from utils.utils_image import imread_uint, imsave
-from utils.utils_name import cell, check_output, output_names, output_path, safe_name, write_csv
+from utils.utils_name import cell, check_output, output_names, output_path, safe_name
 from utils.utils_option import DatasetOptions
 from utils.utils_run import write_atomically
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from main_test import main as main_test
+from models.precision import PRECISION
 from tests.test_ranker import Results
 from tests.test_systems import RANKED, SPSR, SPSR_TERMS, Systems
 from tests.training import SSL, Workplace, assert_same
 from utils.utils_checkpoint import unwrap
 from utils.utils_error import UserError
 from utils.utils_image import imread_uint
-from utils.utils_precision import PRECISION
 
 BOXSUM = (*SSL, "train.ssl_mode=boxsum")  # nothing to compile in a test
 KINDS: dict[str, tuple[str, ...]] = {

@@ -13,10 +13,8 @@ from evaluation.report import (
     Report,
     SetResults,
     baselines,
-    check_output,
     edge_rich_crop,
     format_table,
-    output_names,
     side_by_side,
     write_csv,
     write_markdown,
@@ -24,6 +22,7 @@ from evaluation.report import (
 from tests.conftest import photograph
 from utils.utils_error import UserError
 from utils.utils_image import imread_uint
+from utils.utils_name import check_output, output_names
 from utils.utils_run import run_facts, save_json, write_atomically
 
 TITLES = [metric.title for metric in METRICS.values()]

@@ -24,10 +24,11 @@ from models.model_base import ModelBase, ModelSR
 from models.model_ranker import ModelRanker
 from models.select_model import define_Model
 from training.command_line import training_options
+from training.progress import Progress
 from training.validate import validate, validate_ranker
 from utils import utils_dist
 from utils.utils_error import UserError
-from utils.utils_logger import Progress, close_file, setup
+from utils.utils_logger import close_file, setup
 from utils.utils_name import output_path, safe_name
 from utils.utils_option import DatasetOptions, Options, is_read, patch_size
 from utils.utils_resume import Checkpoints, saved_steps
