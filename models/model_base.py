@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from models.loss import LPIPSLoss, PerceptualLoss, pixel_loss
 from models.loss_systems import RankLoss, artifact_loss, back_projection_loss, best_buddy_loss
 from models.network_spsr import GradientMap, SPSROutput
-from models.precision import autocast, in_float32
+from models.precision import autocast, in_float32, warn_if_slow
 from models.select_network import define_G, define_R
 from utils import utils_dist
 from utils.utils_checkpoint import load_checkpoint_file, load_network, save_atomically, save_network, unwrap
@@ -79,6 +79,7 @@ class ModelBase:
         self.shown: dict[str, Tensor] = {}  # what else is to be logged of the step at hand, parts of a loss for example
         self.networks: dict[str, nn.Module] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        warn_if_slow(device, opt.train.precision)
         # Of each network's loss in half precision, whose gradient would vanish; elsewhere they do nothing.
         self.scalers: dict[str, torch.amp.GradScaler] = {}
         self.piece = Piece(slice(None))  # of the batch, at hand
@@ -199,7 +200,7 @@ class ModelBase:
     def warn_of_pieces(self, what: str) -> None:
         """Say that something is of each piece where it would be of the batch; ``what`` is a subject and a verb."""
         size = self.opt.train.micro_batch
-        logger.warning("train.micro_batch: %s of %d images, not of the batch: results differ a little", what, size)
+        logger.warning("train.micro_batch: %s of a piece of %d, not of the batch: results differ a little", what, size)
 
     def pieces(self) -> Iterator[Piece]:
         """The fed batch in pieces of ``train.micro_batch`` images, each of them fed in its turn: one step.

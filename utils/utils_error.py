@@ -70,8 +70,13 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 # What PyTorch, OpenCV, cuDNN and cuBLAS say where memory is short: no class of exception is common to them.
-_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "Insufficient memory", "ALLOC_FAILED")
+_NO_MEMORY = re.compile("allocate|out of memory|not enough memory|insufficient memory|ALLOC_FAILED", re.IGNORECASE)
 _FAULTS_OF_A_PROGRAM = (None, errno.EBADF, errno.EINVAL, errno.EPIPE)
+
+
+def tells_of_memory(error: BaseException) -> bool:
+    """Whether NumPy, PyTorch, OpenCV or a library of theirs has found too little memory."""
+    return isinstance(error, MemoryError) or bool(_NO_MEMORY.search(str(error)))
 
 
 def explain(error: BaseException) -> str | None:
@@ -91,7 +96,7 @@ def explain(error: BaseException) -> str | None:
         )
     if "shared memory" in message or "file </torch_" in message:
         return _NO_SHARED_MEMORY
-    if kind == "MemoryError" or any(words in message for words in _NO_MEMORY):
+    if kind == "MemoryError" or _NO_MEMORY.search(message):
         message = re.sub(r"^\[enforce fail [^]]*\] (err == 0)?\.? ?", "", message)
         detail = f" ({'. '.join(message.split('. ')[:2])[:200]})" if message else ""
         return f"out of memory{detail}; take smaller batches, patches or tiles, or a smaller network"

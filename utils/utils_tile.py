@@ -2,7 +2,6 @@
 
 import logging
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.utils_error import UserError
+from utils.utils_error import UserError, tells_of_memory
 
 logger = logging.getLogger(__name__)
 Tile = int | Literal["auto"]
@@ -82,14 +81,9 @@ def enough_memory(otherwise: str) -> Iterator[None]:
     except (UserError, OSError):
         raise
     except Exception as error:
-        if _tells_of_memory(error):
+        if tells_of_memory(error):
             raise UserError(otherwise) from error
         raise
-
-
-def _tells_of_memory(error: Exception) -> bool:
-    # OpenCV has a class of its own, PyTorch on the CPU none but RuntimeError.
-    return isinstance(error, MemoryError) or bool(re.search("allocate|out of memory", str(error), re.IGNORECASE))
 
 
 def _free_memory() -> float:
@@ -237,7 +231,7 @@ def _restore_in_what_fits(netG: nn.Module, L: Tensor, scale: int, tile_overlap: 
         except Exception as error:
             largest = max(L.shape[-2:])
             smaller = (min(tile, largest) if tile else largest) // 2
-            if smaller < smallest or not _tells_of_memory(error):
+            if smaller < smallest or not tells_of_memory(error):
                 raise
         # Out of the except clause, for the error's frames hold tensors.
         if L.device.type == "cuda":
