@@ -247,7 +247,7 @@ def test_relativistic_means_are_of_the_piece_and_that_is_said_once(
     work: Systems, gan_type: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = built(work, "gan", f"train.gan_type={gan_type}", "train.micro_batch=2")
-    assert caplog.text.count(f"the means of {gan_type} are of 2 images, not of the batch") == 1
+    assert caplog.text.count(f"the means of {gan_type} are of a piece of 2, not of the batch") == 1
     batch = three(work)
     log, _ = step(model, batch)
     parts = []
@@ -264,7 +264,7 @@ def test_batch_norms_are_of_the_piece_and_that_is_said_once(work: Systems, caplo
     built(work, "gan", *PATCHGAN, "train.micro_batch=3")
     assert "train.micro_batch" not in caplog.text
     model = built(work, "gan", *PATCHGAN, "train.micro_batch=2")
-    assert caplog.text.count("train.micro_batch: the batch norms of netD take the statistics of 2 images") == 1
+    assert caplog.text.count("train.micro_batch: the batch norms of netD take the statistics of a piece of 2") == 1
     log, _ = step(model, batch)
     alone = built(work, "gan", *PATCHGAN)
     alone_log, _ = step(alone, batch)

@@ -212,7 +212,7 @@ def read_file(path: str) -> NDArray[np.uint8]:
 
 def _is_raw(path: str) -> bool:
     """Whether a path is called as a raw image is, and is a file of its own."""
-    return path.lower().endswith(RAW_SUFFIX) and not utils_lmdb.split_path(path)
+    return os.fspath(path).lower().endswith(RAW_SUFFIX) and not utils_lmdb.split_path(path)
 
 
 @dataclass(frozen=True)
