@@ -56,7 +56,7 @@ class Product(NamedTuple):
     record: dict[str, Any] | None = None
 
 
-class Step(Arguments, ABC):
+class PreparationStep(Arguments, ABC):
     """What is done to each image: a frozen dataclass, whose fields are all that the result depends on."""
 
     keeps_records: ClassVar[bool] = False  # every product has a record, collected in manifest.jsonl
@@ -106,7 +106,7 @@ class Outcome:
 # -------------------------------------------------------------------------------------------------------- the command
 
 
-def prepare(step: Step, inputs: Sequence[str], output: Path, workers: int, dry_run: bool) -> int:
+def prepare(step: PreparationStep, inputs: Sequence[str], output: Path, workers: int, dry_run: bool) -> int:
     """Apply ``step`` to every image below ``inputs``; returns the exit status, 1 where some images are bad.
 
     Raises:
@@ -150,7 +150,7 @@ def _images(paths: Sequence[str], names: Sequence[str], journal: "_Journal | Non
     return images
 
 
-def _check_room(step: Step, images: Sequence["_Image"], output: Path, workers: int) -> None:
+def _check_room(step: PreparationStep, images: Sequence["_Image"], output: Path, workers: int) -> None:
     """Say how many bytes will be written. Raises UserError where the disk has not so many."""
     needed = sum(run_all(partial(_room, step, output), images, workers, f"{step.command}: sizes"))
     place = next(folder for folder in (output, *output.resolve().parents) if folder.is_dir())
@@ -161,7 +161,7 @@ def _check_room(step: Step, images: Sequence["_Image"], output: Path, workers: i
     print(line, flush=True)
 
 
-def _room(step: Step, output: Path, image: "_Image") -> int:
+def _room(step: PreparationStep, output: Path, image: "_Image") -> int:
     """Bytes of what is missing of one image, 0 for one that is bad; in a worker."""
     try:
         wanted, _ = _missing(step, output, image)
@@ -174,7 +174,7 @@ def _size(size: int) -> str:
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB ({size:,} bytes)"
 
 
-def _apply(step: Step, output: Path, image: _Image) -> Outcome:
+def _apply(step: PreparationStep, output: Path, image: _Image) -> Outcome:
     """Make what is missing of one image; in a worker."""
     path, name, _ = image
     outcome = Outcome(path)
@@ -200,7 +200,7 @@ def _apply(step: Step, output: Path, image: _Image) -> Outcome:
     return outcome
 
 
-def _missing(step: Step, output: Path, image: _Image) -> tuple[list[str], list[Path]]:
+def _missing(step: PreparationStep, output: Path, image: _Image) -> tuple[list[str], list[Path]]:
     """The files of an image that are still to make, and those that are there."""
     wanted, present = [], []
     for file in step.outputs(image.path, image.name):
@@ -235,7 +235,7 @@ def one_line(path: str, error: Exception) -> str:
     return text if name in text else f"{name}: {text}"
 
 
-def _dry_run(step: Step, images: Sequence[_Image], output: Path) -> int:
+def _dry_run(step: PreparationStep, images: Sequence[_Image], output: Path) -> int:
     """Say what would be made; returns 1 where headers are bad."""
     tally, shown = Tally(step.command, output), 0
     for image in images:

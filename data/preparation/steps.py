@@ -19,7 +19,7 @@ from PIL import Image
 from data.degradations.select_degradation import degrade_image
 from data.files import list_files
 from data.preparation import arguments
-from data.preparation.run import Product, Step
+from data.preparation.run import PreparationStep, Product
 from utils.utils_error import UserError
 from utils.utils_image import Array, image_kind, image_size, imread_uint, imresize_np, modcrop, uint2tensor4
 from utils.utils_npy import npy_size
@@ -37,7 +37,7 @@ class Source(NamedTuple):
     width: int
 
 
-class ImageStep(Step):
+class ImageStep(PreparationStep):
     """A step that makes images with the channels and the bit depth of what they are made of."""
 
     format: str  # of arguments.ImageArguments
@@ -218,7 +218,7 @@ def _partners_of(H: tuple[str, ...], L: tuple[str, ...], scale: int) -> tuple[di
 
 
 @dataclass(frozen=True)
-class Masks(arguments.Masks, Step):
+class Masks(arguments.Masks, PreparationStep):
     def outputs(self, path: str, name: str) -> list[str]:
         return [f"{name}.{suffix}" for suffix in (("mat", "png") if self.format == "both" else (self.format,))]
 
@@ -312,10 +312,10 @@ class Modcrop(arguments.Modcrop, ImageStep):
         yield Product(wanted[0], np.ascontiguousarray(img))
 
 
-STEPS: tuple[type[Step], ...] = (Multiscale, Subimages, Masks, LRBicubic, LRBlind, Enlarge, Modcrop)
+STEPS: tuple[type[PreparationStep], ...] = (Multiscale, Subimages, Masks, LRBicubic, LRBlind, Enlarge, Modcrop)
 
 
-def step_of(args: Namespace) -> Step:
+def step_of(args: Namespace) -> PreparationStep:
     """The step that a command line asks for.
 
     Raises:
