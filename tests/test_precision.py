@@ -239,7 +239,7 @@ def test_the_ranker_learns_from_pieces_with_the_statistics_of_each(
         model.feed_data(batch)
         model.optimize_parameters(1)
         assert all(map(math.isfinite, model.current_log().values()))
-    assert "train.micro_batch: the batch norms of netR take the statistics of 1 images" in caplog.text
+    assert "train.micro_batch: the batch norms of netR take the statistics of a piece of 1" in caplog.text
 
 
 @pytest.mark.parametrize("gan_type", ["ragan", "ragan_basicsr"])
