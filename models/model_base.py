@@ -208,8 +208,7 @@ class ModelBase:
         In each of them :meth:`backward` adds to the gradients, whose sums are those of the batch.
         """
         self.trained = {}
-        batch = self.fed
-        whole = len(next(iter(batch.values())))
+        whole = len(next(iter(self.fed.values())))
         size = min(self.opt.train.micro_batch or whole, whole)
         if size == whole:
             self.piece = Piece(slice(0, whole))
@@ -283,11 +282,12 @@ class ModelBase:
         # One host synchronisation a step buys that no broken update is ever applied, let alone saved.
         values = torch.stack([v.detach().float() for v in named.values()]).tolist()
         self.log.update(zip(named, values, strict=True))
-        # A gradient beyond half precision makes its network's scaler leave this step out and halve its factor, which
-        # helps once.
-        forgiven = {f"{name}_grad" for name in trained if self._can_halve(self.scalers[name])}
         for term, value in zip(named, values, strict=True):
-            if not math.isfinite(value) and term not in forgiven:
+            if math.isfinite(value):
+                continue
+            # A gradient beyond half precision makes its network's scaler leave this step out and halve its factor,
+            # which helps once.
+            if term not in norms or not self._can_halve(self.scalers[term.removesuffix("_grad")]):
                 side = owner.get(term, "G")
                 raise UserError(
                     f"step {current_step}: {term} is {value}, training stops before it spoils the weights; lower "

@@ -342,7 +342,7 @@ class TrainOptions(Section):
         )
 
 
-# The names and groups of evaluation.metrics.
+# The names and groups of utils_metric_table.
 _OwnMetric = Literal["psnr", "ssim", "psnr_y", "ssim_y", "psnr_y8", "ssim_y8", "ssg"]
 _OfflineMetric = Literal["ms_ssim", "fsim", "gmsd", "vif", "nlpd", "mad", "piqe"]
 _LearnedMetric = Literal["lpips", "dists", "fid", "niqe", "musiq", "clipiqa", "maniqa"]
