@@ -4,11 +4,13 @@ import logging
 import os
 import signal
 from collections.abc import Generator, Iterator, Sized
+from contextlib import closing
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from utils.utils_error import UserError, explain
@@ -107,6 +109,41 @@ def batches(loader: DataLoader) -> Generator[dict[str, Any], None, None]:
         # Now and not when the garbage is collected: workers are deaf to the SIGTERM that would end them at exit.
         if hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()
+
+
+def ahead(loaded: Generator[dict[str, Any], None, None], device: torch.device) -> Generator[dict[str, Any], None, None]:
+    """The batches with their tensors on the device. On a GPU the next one is copied while this one is computed with.
+
+    It takes pinned memory, and one batch more than is used. Closing it closes ``loaded``.
+    """
+    with closing(loaded):
+        if device.type != "cuda":
+            yield from loaded
+            return
+        copying = torch.cuda.Stream(device)
+        last: tuple[dict[str, Any], torch.cuda.Event] | None = None
+        for batch in loaded:
+            with torch.cuda.stream(copying):
+                copied = {
+                    name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+                    for name, value in batch.items()
+                }
+                arrived = copying.record_event()
+            if last is not None:
+                yield _arrived(*last, device)
+            last = copied, arrived
+        if last is not None:
+            yield _arrived(*last, device)
+
+
+def _arrived(batch: dict[str, Any], event: torch.cuda.Event, device: torch.device) -> dict[str, Any]:
+    """A batch for use on the device's own stream, which waits for the copies."""
+    stream = torch.cuda.current_stream(device)
+    stream.wait_event(event)
+    for value in batch.values():
+        if isinstance(value, Tensor):
+            value.record_stream(stream)  # its memory belongs to the other stream and must not go back too early
+    return batch
 
 
 def one_by_one(dataset: Dataset, rank: int, world_size: int) -> DataLoader:

@@ -211,12 +211,12 @@ class GANLoss(nn.Module):
             ValueError: ``pred_real`` is needed and not given.
         """
         if not self.needs_real:
-            return self._towards(pred_fake, real=True)
+            return self.towards(pred_fake, real=True)
         if pred_real is None:
             raise ValueError(f"{self.gan_type} compares with real images: pred_real is missing")
         pred_real = pred_real.detach()
-        real_looks_fake = self._towards(pred_real - self._mean(pred_fake), real=False)
-        fake_looks_real = self._towards(pred_fake - self._mean(pred_real), real=True)
+        real_looks_fake = self.towards(pred_real - self._mean(pred_fake), real=False)
+        fake_looks_real = self.towards(pred_fake - self._mean(pred_real), real=True)
         return (real_looks_fake + fake_looks_real) / 2
 
     def discriminator(self, pred_real: Tensor, pred_fake: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,16 +225,16 @@ class GANLoss(nn.Module):
         As in KAIR and BasicSR, the relativistic terms are halved and the others are not.
         """
         if not self.needs_real:
-            return self._towards(pred_real, real=True), self._towards(pred_fake, real=False)
-        l_d_real = self._towards(pred_real - self._mean(pred_fake.detach()), real=True) / 2
-        l_d_fake = self._towards(pred_fake - self._mean(pred_real.detach()), real=False) / 2
+            return self.towards(pred_real, real=True), self.towards(pred_fake, real=False)
+        l_d_real = self.towards(pred_real - self._mean(pred_fake.detach()), real=True) / 2
+        l_d_fake = self.towards(pred_fake - self._mean(pred_real.detach()), real=False) / 2
         return l_d_real, l_d_fake
 
     def _mean(self, pred: Tensor) -> Tensor:
         return pred.mean(dim=0, keepdim=True) if self.gan_type == "ragan" else pred.mean()
 
-    def _towards(self, pred: Tensor, real: bool) -> Tensor:
-        """How far logits are from being judged real (or fake)."""
+    def towards(self, pred: Tensor, real: bool) -> Tensor:
+        """How far logits are from being judged real (or fake): each player's term, unless :attr:`needs_real`."""
         if self.gan_type == "wgan":
             return -pred.mean() if real else pred.mean()
         if self.gan_type == "softplusgan":

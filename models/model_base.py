@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from models.loss import LPIPSLoss, PerceptualLoss, pixel_loss
 from models.loss_systems import RankLoss, artifact_loss, back_projection_loss, best_buddy_loss
 from models.network_spsr import GradientMap, SPSROutput
-from models.precision import autocast, in_float32, warn_if_slow
+from models.precision import autocast, in_float32, memory_format, of_many_sizes, warn_if_slow
 from models.select_network import define_G, define_R
 from utils import utils_dist
 from utils.utils_checkpoint import load_checkpoint_file, load_network, save_atomically, save_network, unwrap
@@ -58,9 +58,9 @@ class Piece(NamedTuple):
 
     images: slice  # of the batch
     share: float = 1.0  # of its images
-    edges: float = 1.0  # of its edge pixels
+    edges: float | Tensor = 1.0  # of its edge pixels; a scalar on the device, where they are counted
 
-    def weight(self, term: str) -> float:
+    def weight(self, term: str) -> float | Tensor:
         """What a term of this piece counts in that of the batch."""
         return 1.0 if term in SUMS else self.edges if term in OVER_EDGES else self.share
 
@@ -92,8 +92,9 @@ class ModelBase:
         if pretrained:
             load_network(pretrained, network, strict)
         # Convolutions give what their weights' layout is: the images need not be turned.
-        layout = torch.channels_last if self.opt.train.channels_last else torch.preserve_format
-        network = network.to(self.device).to(memory_format=layout)
+        network = network.to(self.device).to(memory_format=memory_format(self.device, self.opt.train))
+        if self.opt.train.compile:
+            network.compile()  # in place: the names in checkpoints stay
         self.optimizers[name] = self._optimizer(name, network.parameters())
         self.scalers[name] = torch.amp.GradScaler(self.device.type, enabled=self.opt.train.precision == "fp16")
         if self.in_pieces and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules()):
@@ -112,7 +113,7 @@ class ModelBase:
         settings = self.opt.train.optimizer(_side(name))
         kind = torch.optim.AdamW if settings.type == "adamw" else torch.optim.Adam
         trained = [p for p in parameters if p.requires_grad]
-        return kind(trained, lr=settings.lr, betas=settings.betas, weight_decay=settings.wd)
+        return kind(trained, lr=settings.lr, betas=settings.betas, weight_decay=settings.wd, fused=True)
 
     # --------------------------------------------------------------------------------------------------- checkpoints
 
@@ -161,13 +162,13 @@ class ModelBase:
                 scaler = state.pop("scaler", None)  # of the same run in another precision: none, or of no use
                 if scaler and self.scalers[of].is_enabled():
                     self.scalers[of].load_state_dict(scaler)
+                # Only the moments come from the file: betas and weight decay are what the options say now.
+                for group, own in zip(state["param_groups"], settings, strict=True):
+                    group.update(own)
                 optimizer.load_state_dict(state)
                 _check_moments(optimizer)
             except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
                 raise UserError(f"{path}: does not fit this run's optimizer ({error}); use another task") from error
-            # Only the moments come from the file: betas and weight decay are what the options say now.
-            for group, own in zip(optimizer.param_groups, settings, strict=True):
-                group.update(own)
 
     # ------------------------------------------------------------------------------------------------------ training
 
@@ -215,6 +216,7 @@ class ModelBase:
             yield self.piece
             return
         edges = self._count_edges()
+        all_edges = edges.sum().clamp_min(1)
         batch = self.fed  # perhaps with the masks that were counted
         # Spectral norms take a step of the power iteration in each call. Without data in it, it is repeated from where
         # the batch began: each piece sees the very weights that the whole batch would.
@@ -224,7 +226,7 @@ class ModelBase:
         for first in range(0, whole, size):
             images = slice(first, min(first + size, whole))
             self.feed_data({name: values[images] for name, values in batch.items()})
-            self.piece = Piece(images, len(range(whole)[images]) / whole, sum(edges[images]) / max(1.0, sum(edges)))
+            self.piece = Piece(images, len(range(whole)[images]) / whole, edges[images].sum() / all_edges)
             for buffer, value in zip(buffers, begun, strict=True):
                 buffer.copy_(value)
             with ExitStack() as stack:
@@ -237,9 +239,9 @@ class ModelBase:
             self.shown = {}
         self.shown = shown
 
-    def _count_edges(self) -> list[float]:
-        """The edge pixels of each fed image, where a loss is a mean over them."""
-        return [1.0] * len(next(iter(self.fed.values())))
+    def _count_edges(self) -> Tensor:
+        """The edge pixels of each fed image, (N,), where a loss is a mean over them."""
+        return torch.ones(len(next(iter(self.fed.values()))))
 
     def _add(self, sums: dict[str, Tensor], terms: Mapping[str, Tensor]) -> None:
         """Add terms of the piece at hand to those of the batch."""
@@ -250,7 +252,8 @@ class ModelBase:
     def backward(self, name: str, terms: dict[str, Tensor]) -> None:
         """The gradient of the sum of the terms with respect to one network.
 
-        In the first of the :meth:`pieces` it takes the place of the last step's, in the others it is added.
+        The first of a step takes the place of the last step's; others, of more terms or of the next of the
+        :meth:`pieces`, are added.
         """
         if name not in self.trained:
             self.optimizers[name].zero_grad(set_to_none=True)
@@ -275,8 +278,13 @@ class ModelBase:
         norms = {}
         for name in trained:
             self.scalers[name].unscale_(self.optimizers[name])
-            clip = self.opt.train.optimizer(_side(name)).clipgrad or math.inf
-            norms[f"{name}_grad"] = torch.nn.utils.clip_grad_norm_(self.networks[name].parameters(), clip)
+            parameters = [p for p in self.networks[name].parameters() if p.grad is not None]
+            clip = self.opt.train.optimizer(_side(name)).clipgrad
+            norms[f"{name}_grad"] = (
+                torch.nn.utils.clip_grad_norm_(parameters, clip)
+                if clip
+                else torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            )
         named = terms | self.shown | norms
         self.shown = {}
         # One host synchronisation a step buys that no broken update is ever applied, let alone saved.
@@ -346,6 +354,7 @@ class ModelSR(ModelBase):
                 train.F_use_range_norm,
                 opt.path.pretrained_netF,
             ).to(device)
+            self.perceptual.to(memory_format=memory_format(device, train))
         self.lpips = LPIPSLoss(device) if train.lpips_weight > 0 else None
         self.gradient_map = GradientMap().to(device)
         self.rank: RankLoss | None = None
@@ -405,13 +414,13 @@ class ModelSR(ModelBase):
             self._gradient_H: Tensor | None = None
             self.mask: Tensor | None = self.fed.get("mask")
 
-    def _count_edges(self) -> list[float]:
+    def _count_edges(self) -> Tensor:
         if self.ssl is None:
             return super()._count_edges()
         mask = self.fed["mask"] if self.mask is not None else edge_mask(self.H, self.ssl.threshold)
         self.fed["mask"] = mask
-        pattern = mask_stride_pattern(mask.shape[2], mask.shape[3], max(1, self.ssl.mask_stride))
-        return (mask * pattern.to(mask)).sum((1, 2, 3)).tolist()
+        pattern = mask_stride_pattern(mask.shape[2], mask.shape[3], self.ssl.mask_stride, mask.device)
+        return (mask * pattern).sum((1, 2, 3))
 
     @property
     def gradient_H(self) -> Tensor:
@@ -468,7 +477,7 @@ class ModelSR(ModelBase):
         network.eval()
         generator = self.generator(network)
         test = self.opt.test
-        with autocast(self.device, test.precision):
+        with autocast(self.device, test.precision), of_many_sizes():
             E = restore(generator, self.L, self.opt.scale, test.tile, test.tile_overlap)
         self.E = in_float32(E)
         if network is not self.netE:

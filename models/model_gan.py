@@ -1,9 +1,11 @@
 """Adversarial training, with the self-similarity loss where it is asked for."""
 
-from typing import NamedTuple
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from models.loss import GANLoss
 from models.loss_systems import flat_mask
@@ -20,6 +22,13 @@ class Contest(NamedTuple):
     weight: float
     real: Tensor
     fake: Tensor  # with the generator's gradient, where this is its step
+
+
+class Judged(NamedTuple):
+    """What a discriminator says of both images: logits."""
+
+    real: Tensor
+    fake: Tensor
 
 
 class ModelGAN(ModelSR):
@@ -43,23 +52,29 @@ class ModelGAN(ModelSR):
                 self.E = image_of(output)
                 contests = {name: contest for name, contest in self.contests().items() if contest.weight > 0}
 
+            judged: dict[str, Judged] = {}
             if with_G:
                 terms = self.fidelity_terms(output)
                 for name, contest in contests.items():
-                    terms[f"{name}_loss"] = contest.weight * self._fooling(name, contest)
+                    if train.D_once:
+                        loss, judged[name] = self._judged_once(name, contest)
+                    else:
+                        loss = self._fooling(name, contest)
+                    terms[f"{name}_loss"] = contest.weight * loss
                 self.backward("G", terms)
             for name, contest in contests.items():
-                self.backward(name, self._telling_apart(name, contest))
+                self._tell_apart(name, contest, judged.get(name))
         self.update(current_step)
         if with_G:
             self.update_E()
 
     def contests(self) -> dict[str, Contest]:
         """What each discriminator sees of H and E, by its name."""
-        train = self.opt.train
-        # All of an image, or only what is not flat in H.
-        seen: Tensor | float = 1 - flat_mask(self.H) if train.region_aware else 1.0
-        return {"D": Contest(train.D_lossfn_weight, seen * self.H, seen * self.E)}
+        train, H, E = self.opt.train, self.H, self.E
+        if train.region_aware:  # only what is not flat in H
+            seen = 1 - flat_mask(H)
+            H, E = seen * H, seen * E
+        return {"D": Contest(train.D_lossfn_weight, H, E)}
 
     def _fooling(self, name: str, contest: Contest) -> Tensor:
         """The generator's loss against one discriminator, not weighted."""
@@ -71,10 +86,41 @@ class ModelGAN(ModelSR):
         netD.requires_grad_(True)
         return loss
 
-    def _telling_apart(self, name: str, contest: Contest) -> dict[str, Tensor]:
-        """The losses of one discriminator, by name."""
-        netD = self.networks[name]
-        pred_real, pred_fake = self.call(netD, contest.real), self.call(netD, contest.fake.detach())
-        self.shown |= {f"{name}_real": pred_real.detach().mean(), f"{name}_fake": pred_fake.detach().mean()}
-        l_real, l_fake = self.gan.discriminator(pred_real, pred_fake)
-        return {f"l_{name.lower()}_real": l_real, f"l_{name.lower()}_fake": l_fake}
+    def _judged_once(self, name: str, contest: Contest) -> tuple[Tensor, Judged]:
+        """The same loss, and the logits with their graphs, from which the discriminator learns afterwards."""
+        netD, fake = self.networks[name], contest.fake.detach().requires_grad_()
+        judged = Judged(self.call(netD, contest.real), self.call(netD, fake))
+        loss = self.gan.generator(judged.fake, judged.real)
+        # The way from the loss to E is gone here, that of D's weights later: neither computes what the other needs.
+        scale = self.scalers["G"].scale(torch.ones_like(loss))
+        (slope,) = torch.autograd.grad(loss, fake, scale, retain_graph=True)
+        return _WithSlope.apply(contest.fake, loss.detach(), slope / scale), judged
+
+    def _tell_apart(self, name: str, contest: Contest, judged: Judged | None) -> None:
+        """Give one discriminator the gradient of its losses, of logits that were ``judged`` for both players or not."""
+        netD, real, fake = self.networks[name], f"l_{name.lower()}_real", f"l_{name.lower()}_fake"
+        if judged or self.gan.needs_real:
+            judged = judged or Judged(self.call(netD, contest.real), self.call(netD, contest.fake.detach()))
+            self.backward(name, dict(zip((real, fake), self.gan.discriminator(*judged), strict=True)))
+        else:  # each graph goes before the next one comes
+            with netD.no_sync() if isinstance(netD, DistributedDataParallel) else nullcontext():
+                pred_real = self.call(netD, contest.real)
+                self.backward(name, {real: self.gan.towards(pred_real, real=True)})
+            pred_fake = self.call(netD, contest.fake.detach())
+            self.backward(name, {fake: self.gan.towards(pred_fake, real=False)})
+            judged = Judged(pred_real, pred_fake)
+        self.shown |= {f"{name}_{of}": pred.detach().mean() for of, pred in judged._asdict().items()}
+
+
+class _WithSlope(torch.autograd.Function):
+    """A number that was computed elsewhere, with its gradient at a tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, at: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *flow: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return flow[0] * slope, None, None

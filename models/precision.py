@@ -1,10 +1,14 @@
-"""What networks compute in: full precision, or half of it by autocast."""
+"""How networks compute: in full precision, or half of it by autocast, and in which layout of memory."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from utils.utils_option_sections import TrainOptions
 
 logger = logging.getLogger(__name__)
 
@@ -14,6 +18,30 @@ PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Within it, matrix products and convolutions compute in ``precision``; fp32 leaves all as it is."""
     return torch.autocast(device.type, PRECISION[precision], enabled=precision != "fp32")
+
+
+def memory_format(device: torch.device, train: TrainOptions) -> torch.memory_format:
+    """The layout of a network's weights by ``train.channels_last``; where that is null, the faster one."""
+    faster = device.type == "cpu" or train.precision != "fp32"
+    chosen = faster if train.channels_last is None else train.channels_last
+    return torch.channels_last if chosen else torch.preserve_format
+
+
+def set_up(train: TrainOptions) -> None:
+    """Tell PyTorch how a GPU's convolutions are to be computed; without effect on a CPU."""
+    torch.backends.cudnn.benchmark = train.cudnn_benchmark
+    torch.backends.cudnn.allow_tf32 = train.tf32
+
+
+@contextmanager
+def of_many_sizes() -> Iterator[None]:
+    """Within it no convolutions are tried out: that pays where one size comes again and again, as in training."""
+    tried = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = tried
 
 
 def warn_if_slow(device: torch.device, precision: str) -> None:

@@ -18,12 +18,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.check import check_dataset
 from data.degradations.select_degradation import Degrader
-from data.loader import EndlessBatchSampler, batches, training_loader
+from data.loader import EndlessBatchSampler, ahead, batches, training_loader
 from data.select_dataset import define_Dataset
 from models.model_base import ModelBase, ModelSR
 from models.model_ranker import ModelRanker
+from models.precision import set_up
 from models.select_model import define_Model
 from training.command_line import training_options
+from training.failure import told_in_one_line
 from training.progress import Progress
 from training.validate import validate, validate_ranker
 from utils import utils_dist
@@ -107,6 +109,7 @@ def _prepare(opt: Options, device: torch.device) -> _Run | None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+    set_up(opt.train)
     train_set = define_Dataset(data)
     test_sets = {name: define_Dataset(d) for name, d in opt.test_sets.items()}
     model = define_Model(opt.model_copy(update={"path": opt.path.model_copy(update=dict.fromkeys(gone))}), device)
@@ -146,7 +149,7 @@ def _loop(run: _Run, stop: "_StopSignals") -> None:
     board = run.opt.task_dir / "tensorboard" if is_main else None
     with (
         closing(Progress(run.step, run.opt.train.iterations, board, is_main)) as progress,
-        closing(batches(run.loader)) as loaded,
+        closing(ahead(batches(run.loader), run.device)) as loaded,
     ):
         step = _steps(run, loaded, stop, progress)
     if run.opt.train.iterations is None or step < run.opt.train.iterations:
@@ -164,8 +167,9 @@ def _steps(run: _Run, loaded: Iterable[dict[str, object]], stop: "_StopSignals",
         # Reseeded for each step: so a resumed run needs no saved generator states to equal the uninterrupted one.
         torch.manual_seed(hash((run.seed, step, utils_dist.rank())) % 2**63)
         model.update_learning_rate(step)
-        model.feed_data(run.degrade(batch) if run.degrade else batch)
-        model.optimize_parameters(step)
+        with told_in_one_line(model, step):
+            model.feed_data(run.degrade(batch) if run.degrade else batch)
+            model.optimize_parameters(step)
         progress.step_done(model.current_log())
 
         stopping = bool(utils_dist.highest(stop.received, device))

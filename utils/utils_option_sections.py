@@ -207,8 +207,10 @@ class TrainOptions(Section):
     dm_weight: Weight = Field(
         1.0, description="dm: weight of the squared error of what the network predicts (x0 or noise); 0 = off"
     )
-    channels_last: bool = Field(
-        False, description="networks with the channels innermost in memory: faster convolutions on some GPUs and CPUs"
+    channels_last: bool | None = Field(
+        None,
+        description="networks with the channels innermost in memory; null = on CPUs, and on GPUs in half precision, "
+        "where convolutions are faster so. The same results to rounding",
     )
     precision: Precision = Field(
         "fp32",
@@ -220,6 +222,20 @@ class TrainOptions(Section):
         description="images that go through the networks at once, the batch of each process being done in pieces; null "
         "= all. Gradients are the batch's; the statistics of batch norms and the means of ragan and ragan_basicsr are "
         "each piece's",
+    )
+    compile: bool = Field(
+        False,
+        description="torch.compile for the trained networks: minutes at the start and for each new size of patches, "
+        "then faster steps on GPUs; needs a C++ compiler, on GPUs triton too",
+    )
+    cudnn_benchmark: bool = Field(
+        True,
+        description="GPUs: try cuDNN's convolutions at first and keep the fastest; false = as it guesses",
+    )
+    tf32: bool = Field(
+        True,
+        description="GPUs: fp32 convolutions multiply in TF32, 10 bits of mantissa, as PyTorch does by itself; matrix "
+        "products keep fp32",
     )
 
     G_lossfn_type: Literal["l1", "l2", "l2sum", "charbonnier", "ssim"] = Field("l1", description="pixel loss")
@@ -244,6 +260,11 @@ class TrainOptions(Section):
     D_lossfn_weight: Weight = Field(0.0, description="weight of the generator's adversarial loss; 0 = no GAN")
     D_init_iters: Count = Field(0, description="train the discriminator alone for this many steps first")
     D_update_ratio: Positive = Field(1, description="one step of the generator in this many of the discriminator")
+    D_once: bool = Field(
+        False,
+        description="one forward pass of netD on E, and on H, for both players instead of one for each: less time. The "
+        "same gradients but for spectral norm, whose power iteration takes half as many steps",
+    )
 
     ssl_l1_weight: Weight = Field(0.0, description="weight of the L1 distance between the similarity graphs; 0 = off")
     ssl_kl_weight: Weight = Field(0.0, description="weight of KL(GT || SR) between the similarity graphs; 0 = off")
