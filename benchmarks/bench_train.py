@@ -39,7 +39,7 @@ from memory import forget_peak, peak
 from data.select_dataset import define_Dataset
 from models.loss import PerceptualLoss
 from models.model_gan import ModelGAN
-from models.precision import memory_format, set_up
+from models.precision import set_up, training_layout
 from utils.utils_image import imsave
 from utils.utils_option import Options, parse
 
@@ -242,7 +242,7 @@ def measure(form: str, case: Case) -> Measured:
         train = opt.train.model_copy(update={"F_lossfn_weight": 1.0})  # only now: published weights are not at hand
         model.opt = opt.model_copy(update={"train": train})
         model.perceptual = PerceptualLoss(LAYERS, WEIGHTS, features=vgg19(weights=None).features).to(device)
-        model.perceptual.to(memory_format=memory_format(device, opt.train))
+        model.perceptual.to(memory_format=training_layout(device, opt.train))
         dataset = define_Dataset(opt.datasets["train"])
         begin = time.process_time()
         items: list[Any] = [dataset[(0, (0, i))] for i in range(case.batch)]  # type: ignore[index]

@@ -19,7 +19,7 @@ from data.files import group_files
 from data.select_dataset import define_Dataset
 from evaluation.metrics import Measurer
 from evaluation.report import RESULTS, Report
-from models.precision import autocast, in_float32, warn_if_slow
+from models.precision import autocast, faster_layout, in_float32, warn_if_slow
 from models.restorer import Restorer, load_restorer, load_restorer_of, run_folder, set_sampling
 from utils.utils_error import UserError, printable
 from utils.utils_image import ImageExtras, imresize, imsave, tensor2uint
@@ -204,6 +204,8 @@ def test(job: Job) -> None:
     """
     _check_models(job.models)
     warn_if_slow(job.device, job.precision)
+    for model in job.models:
+        model.netG.to(memory_format=faster_layout(job.device, job.precision))
     prepared = []
     for data in job.sets:
         dataset = define_Dataset(data)

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from models.loss import LPIPSLoss, PerceptualLoss, pixel_loss
 from models.loss_systems import RankLoss, artifact_loss, back_projection_loss, best_buddy_loss
 from models.network_spsr import GradientMap, SPSROutput
-from models.precision import autocast, in_float32, memory_format, of_many_sizes, warn_if_slow
+from models.precision import autocast, in_float32, of_many_sizes, training_layout, warn_if_slow
 from models.select_network import define_G, define_R
 from utils import utils_dist
 from utils.utils_checkpoint import load_checkpoint_file, load_network, save_atomically, save_network, unwrap
@@ -92,7 +92,7 @@ class ModelBase:
         if pretrained:
             load_network(pretrained, network, strict)
         # Convolutions give what their weights' layout is: the images need not be turned.
-        network = network.to(self.device).to(memory_format=memory_format(self.device, self.opt.train))
+        network = network.to(self.device).to(memory_format=training_layout(self.device, self.opt.train))
         if self.opt.train.compile:
             network.compile()  # in place: the names in checkpoints stay
         self.optimizers[name] = self._optimizer(name, network.parameters())
@@ -354,7 +354,7 @@ class ModelSR(ModelBase):
                 train.F_use_range_norm,
                 opt.path.pretrained_netF,
             ).to(device)
-            self.perceptual.to(memory_format=memory_format(device, train))
+            self.perceptual.to(memory_format=training_layout(device, train))
         self.lpips = LPIPSLoss(device) if train.lpips_weight > 0 else None
         self.gradient_map = GradientMap().to(device)
         self.rank: RankLoss | None = None

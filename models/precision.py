@@ -20,11 +20,17 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, PRECISION[precision], enabled=precision != "fp32")
 
 
-def memory_format(device: torch.device, train: TrainOptions) -> torch.memory_format:
-    """The layout of a network's weights by ``train.channels_last``; where that is null, the faster one."""
-    faster = device.type == "cpu" or train.precision != "fp32"
-    chosen = faster if train.channels_last is None else train.channels_last
-    return torch.channels_last if chosen else torch.preserve_format
+def faster_layout(device: torch.device, precision: str) -> torch.memory_format:
+    """The layout of weights, and with them of features, in which convolutions are faster."""
+    innermost = device.type == "cpu" or precision != "fp32"
+    return torch.channels_last if innermost else torch.contiguous_format
+
+
+def training_layout(device: torch.device, train: TrainOptions) -> torch.memory_format:
+    """The layout of weights by ``train.channels_last``; null = the faster one."""
+    if train.channels_last is None:
+        return faster_layout(device, train.precision)
+    return torch.channels_last if train.channels_last else torch.contiguous_format
 
 
 def set_up(train: TrainOptions) -> None:
