@@ -1,10 +1,12 @@
 """How good a restored image E is, beside the ground truth H or alone: by the table of metric_table.py.
 
-PSNR, SSIM and the SSG distance are computed here, everything else by pyiqa, as in the paper's tables: 8-bit images
-without a border of ``scale`` pixels, then the mean over a set. FID compares whole sets, of whole images.
+PSNR, SSIM, the SSG distance and ST-LPIPS are computed here, everything else by the library that the table names, as in
+the paper's tables: 8-bit images without a border of ``scale`` pixels, then the mean over a set. FID compares whole
+sets, of whole images.
 """
 
 import contextlib
+import importlib
 import importlib.util
 import io
 import logging
@@ -25,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from models.loss_metric import LearnedMetric
 from utils.utils_error import UserError
 from utils.utils_image import calculate_psnr, calculate_ssim, uint2tensor4, unrounded_y
 from utils.utils_metric_table import GROUPS, METRICS, choose
@@ -121,7 +124,7 @@ def frechet_distance(a: NDArray[Any], b: NDArray[Any]) -> float:
     return float(np.square(means[0] - means[1]).sum() + np.square(X_a).sum() + np.square(X_b).sum() - 2 * root)
 
 
-# ------------------------------------------------------------------------------------------------------------ pyiqa
+# --------------------------------------------------------------------------------------------------------- networks
 
 
 def _online() -> bool:
@@ -139,7 +142,7 @@ def _online() -> bool:
 
 @contextlib.contextmanager
 def _loading(online: bool) -> Iterator[None]:
-    """Build pyiqa's networks quietly, and give up soon where weights cannot be fetched; its cache works either way."""
+    """Build networks quietly, and give up soon where weights cannot be fetched; what is in a cache works either way."""
     from huggingface_hub import constants
 
     timeout, offline = socket.getdefaulttimeout(), constants.HF_HUB_OFFLINE
@@ -169,30 +172,56 @@ def _why(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def _load_pyiqa(names: Sequence[str], device: torch.device | str) -> tuple[dict[str, Any], dict[str, str]]:
-    """-> metric name -> pyiqa's network; metric name -> why it cannot be had.
+def _by_library(names: Iterable[str]) -> dict[str, list[str]]:
+    """Library -> the metrics that it computes."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        if METRICS[name].library:
+            groups[METRICS[name].library].append(name)
+    return groups
+
+
+def _load(names: Sequence[str], device: torch.device) -> tuple[dict[str, Any], dict[str, str]]:
+    """-> metric name -> its network; metric name -> why it cannot be had.
 
     Raises:
-        UserError: pyiqa is not installed, or cannot be imported.
+        UserError: a library is not installed, or cannot be imported.
     """
-    titles = ", ".join(METRICS[name].title for name in names)
-    try:
-        import pyiqa
-    except ImportError as error:
-        raise UserError(f"{titles}: needs pyiqa, which cannot be imported here ({error}): {INSTALL}") from None
+    for library, its in _by_library(names).items():
+        try:
+            importlib.import_module(library)
+        except ImportError as error:
+            titles = ", ".join(METRICS[name].title for name in its)
+            raise UserError(f"{titles}: needs {library}, which cannot be imported here ({error}): {INSTALL}") from None
     networks, missing = {}, {}
     online = not set(names) <= set(GROUPS["offline"]) and _online()
     for name in names:
         try:
-            with _loading(online):
-                networks[name] = pyiqa.create_metric(name, device=torch.device(device))
+            with _loading(online) if METRICS[name].library else contextlib.nullcontext():
+                networks[name] = _network(name, device)
+        except UserError:
+            raise
         except Exception as error:  # whatever is wrong with one metric's code or weights, the others are computed
             missing[name] = _why(error)
     return networks, missing
 
 
+def _network(name: str, device: torch.device) -> Any:
+    """What is called with E, or with E and H."""
+    if METRICS[name].is_loss:
+        return LearnedMetric(name).to(device)
+    if name == "fid":
+        # The network of BasicSR and pyiqa, in its first place; torchmetrics' FID enlarges images in another way.
+        from pytorch_fid.inception import InceptionV3
+
+        return InceptionV3(resize_input=False, normalize_input=True).eval().to(device)
+    import pyiqa
+
+    return pyiqa.create_metric(name, device=device)
+
+
 def _as_input(image: Picture, border: int, device: torch.device | str) -> torch.Tensor:
-    """(1, 3, H, W) in [0, 1] without the border, gray repeated: what pyiqa takes."""
+    """(1, 3, H, W) in [0, 1] without the border, gray repeated: what networks take."""
     inside = image[border : image.shape[0] - border, border : image.shape[1] - border]
     return uint2tensor4(np.ascontiguousarray(inside)).expand(-1, 3, -1, -1).to(device)
 
@@ -221,7 +250,7 @@ class Measurer:
         missing: name -> why not, of the others.
 
     Raises:
-        UserError: an unknown name, or one that needs pyiqa where that is not installed.
+        UserError: an unknown name, or one that needs a library which is not installed.
     """
 
     def __init__(self, names: Iterable[str], border: int, device: torch.device | str) -> None:
@@ -229,8 +258,8 @@ class Measurer:
         self.border, self.device = border, device
         self._networks: dict[str, Any] = {}
         self.missing: dict[str, str] = {}
-        if foreign := [name for name in chosen if not METRICS[name].own]:
-            self._networks, self.missing = _load_pyiqa(foreign, device)
+        if with_network := [name for name in chosen if METRICS[name].library or METRICS[name].is_loss]:
+            self._networks, self.missing = _load(with_network, torch.device(device))
         for name, why in self.missing.items():
             logger.info("%s is left out: %s", METRICS[name].title, why)
         self.names = [name for name in chosen if name not in self.missing]
@@ -277,7 +306,7 @@ class Measurer:
         border, metric = self.border, METRICS[name]
         if min(E.shape[:2]) - 2 * border < metric.smallest:
             return math.nan
-        if metric.own:
+        if name in _OWN:
             assert H is not None
             return _OWN[name](E, H, border)
         images = [E] if metric.needs == "image" or H is None else [E, H]
@@ -285,7 +314,7 @@ class Measurer:
         if name == "mad":  # pyiqa's is 0 where a side is odd
             inputs = [x[..., : x.shape[-2] // 2 * 2, : x.shape[-1] // 2 * 2] for x in inputs]
         try:
-            with contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
                 return float(self._networks[name](*inputs))
         except (RuntimeError, ValueError, AssertionError, IndexError) as error:
             size = f"{E.shape[1]}x{E.shape[0]}"
@@ -296,19 +325,20 @@ class Measurer:
         """FID's 2048 features, as in BasicSR: resized bilinearly to 299 x 299, values in [-1, 1]."""
         small = F.interpolate(_as_input(image, 0, self.device), (299, 299), mode="bilinear", align_corners=False)
         with torch.inference_mode():
-            features = self._networks["fid"].net.model(small, resize_input=False, normalize_input=True)[0]
+            features = self._networks["fid"](small)[0]
         return features.flatten().cpu().numpy()
 
     def describe(self, n_channels: int) -> str:
         """What the columns are: the note under a table."""
         notes = [f"{METRICS[name].title}: {METRICS[name].about}" for name in self.names]
         gray = "" if n_channels == 3 else " Gray images are their own luma, and repeated where RGB is needed."
-        library = ""
-        if self._networks:  # else pyiqa need not be installed
-            library = f" By pyiqa {version('pyiqa')}: {', '.join(METRICS[n].title for n in self._networks)}."
+        libraries = "".join(
+            f" By {library} {version(library)}: {', '.join(METRICS[name].title for name in its)}."
+            for library, its in _by_library(self.names).items()
+        )
         return (
             f"{'; '.join(notes)}. 8-bit images without a border of {self.border} px, mean over the images; '-': image "
-            f"too small or without edges, or no ground truth.{gray}{library}"
+            f"too small or without edges, or no ground truth.{gray}{libraries}"
         )
 
 

@@ -130,38 +130,6 @@ class PerceptualLoss(nn.Module):
         return torch.stack(terms).sum()
 
 
-class LPIPSLoss(nn.Module):
-    """LPIPS (Zhang et al., arXiv 1801.03924), version 0.1 on VGG16, computed by pyiqa: the mean over the batch.
-
-    Args:
-        device: where its networks live.
-
-    Raises:
-        UserError: pyiqa is not installed, or its weights are not in the cache and cannot be fetched.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        try:
-            import pyiqa
-        except ImportError as error:
-            raise UserError(
-                f"train.lpips_weight: needs pyiqa, which cannot be imported here ({error}); pip install -r "
-                f"requirements-extra.txt, or set it to 0"
-            ) from error
-        try:
-            self.lpips = pyiqa.create_metric("lpips-vgg", as_loss=True, device=device).requires_grad_(False)
-        except Exception as error:  # whatever goes wrong with a download
-            raise UserError(
-                f"train.lpips_weight: the weights of LPIPS are not in the cache and cannot be fetched ({error}); fetch "
-                f"them where there is a network, or set it to 0"
-            ) from error
-
-    def forward(self, E: Tensor, H: Tensor) -> Tensor:
-        """Two (N, C, h, w) in [0, 1], C 1 or 3, sides of 16 or more -> scalar; E is not clamped."""
-        return self.lpips(E.expand(-1, 3, -1, -1), H.expand(-1, 3, -1, -1))
-
-
 class GANLoss(nn.Module):
     """Adversarial loss on raw logits, vectors ``(N, 1)`` or maps ``(N, 1, H, W)``, for either player.
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from models.loss import LPIPSLoss, PerceptualLoss, pixel_loss
+from models.loss import PerceptualLoss, pixel_loss
+from models.loss_metric import metric_loss
 from models.loss_systems import RankLoss, artifact_loss, back_projection_loss, best_buddy_loss
 from models.network_spsr import GradientMap, SPSROutput
 from models.precision import autocast, in_float32, of_many_sizes, training_layout, warn_if_slow
@@ -355,7 +356,7 @@ class ModelSR(ModelBase):
                 opt.path.pretrained_netF,
             ).to(device)
             self.perceptual.to(memory_format=training_layout(device, train))
-        self.lpips = LPIPSLoss(device) if train.lpips_weight > 0 else None
+        self.metrics = {name: metric_loss(name, device) for name in train.iqa_losses}
         self.gradient_map = GradientMap().to(device)
         self.rank: RankLoss | None = None
         if train.rank_weight > 0:
@@ -436,8 +437,8 @@ class ModelSR(ModelBase):
             terms["G_loss"] = train.G_lossfn_weight * self.pixel(E, self.H_usm if train.l1_gt_usm else self.H)
         if self.perceptual is not None:
             terms["F_loss"] = train.F_lossfn_weight * self.perceptual(E, self.H_usm if train.percep_gt_usm else self.H)
-        if self.lpips is not None:
-            terms["lpips"] = train.lpips_weight * self.lpips(E, self.H)
+        for name, metric in self.metrics.items():
+            terms[name] = train.iqa_losses[name] * metric(E, self.H).mean()
         if train.gradient_weight > 0:
             terms["gradient"] = train.gradient_weight * F.mse_loss(self.gradient_map(E), self.gradient_H)
         if isinstance(output, SPSROutput):

@@ -113,7 +113,7 @@ def _in_cache() -> str:
     if not os.path.isfile(path):
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            with _socket_timeout(seconds=30):
+            with socket_timeout(seconds=30):
                 torch.hub.download_url_to_file(VGG19_Weights.IMAGENET1K_V1.url, path, hash_prefix="dcbb9e9d")
         except (OSError, RuntimeError) as error:
             reason = f"{type(error).__name__}: {error}"
@@ -125,7 +125,7 @@ def _in_cache() -> str:
 
 
 @contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
+def socket_timeout(seconds: float) -> Iterator[None]:
     """Without a limit, a network that swallows packets would hold the training for ever."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)

@@ -13,6 +13,7 @@ import torch
 
 from evaluation import metrics
 from evaluation.metrics import GROUPS, METRICS, Measurer, choose, frechet_distance, mean_metrics, ssg_maps
+from models.loss_metric import LearnedMetric
 from tests.conftest import photograph
 from utils import utils_image
 from utils.utils_error import UserError
@@ -20,7 +21,7 @@ from utils.utils_image import calculate_psnr, calculate_ssim, rgb2ycbcr, uint2te
 from utils.utils_option import MetricName
 from utils.utils_ssl import SelfSimilarityLoss, edge_mask
 
-OWN = [name for name, metric in METRICS.items() if metric.own]
+OWN = [name for name, metric in METRICS.items() if not metric.library and not metric.is_loss]
 
 
 def blurred(image: np.ndarray) -> np.ndarray:
@@ -48,7 +49,8 @@ def test_groups_are_spread_out_and_each_metric_comes_once():
 def test_every_direction_is_pyiqas():
     configs = pytest.importorskip("pyiqa.default_model_configs", reason="pyiqa is not installed").DEFAULT_CONFIGS
     for name, metric in METRICS.items():
-        if not metric.own:
+        name = name.replace("_vgg", "-vgg")
+        if metric.library or metric.is_loss:
             assert configs[name].get("lower_better", False) != metric.higher_better, name
             assert (configs[name]["metric_mode"] == "FR") == (metric.needs == "pair"), name
 
@@ -187,13 +189,11 @@ def test_the_frechet_distance_is_that_of_two_gaussians():
 def test_fid_compares_the_whole_images_of_a_set_with_its_ground_truth(monkeypatch):
     inception = types.SimpleNamespace(calls=[])
 
-    def features(x, resize_input, normalize_input):
-        assert (resize_input, normalize_input) == (False, True)
+    def features(x):
         inception.calls.append(tuple(x.shape))
         return [x.mean((2, 3))[..., None, None]]
 
-    network = types.SimpleNamespace(net=types.SimpleNamespace(model=features))
-    monkeypatch.setattr(metrics, "_load_pyiqa", lambda names, device: ({"fid": network}, {}))
+    monkeypatch.setattr(metrics, "_load", lambda names, device: ({"fid": features}, {}))
     measurer = Measurer(["fid"], 4, "cpu")
     truths = [photograph(30, 40, seed=seed) for seed in range(4)]
     for H in truths:
@@ -206,7 +206,7 @@ def test_fid_compares_the_whole_images_of_a_set_with_its_ground_truth(monkeypatc
     assert measurer.of_set() == {}
 
 
-# -------------------------------------------------------------------------------------------------------------- pyiqa
+# ---------------------------------------------------------------------------------------------------------- libraries
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +215,7 @@ def pyiqa():
 
 
 def test_offline_metrics_are_pyiqas_inside_the_border(pyiqa):
-    names = [name for name in GROUPS["offline"] if not METRICS[name].own and name != "mad"]  # mad takes long
+    names = [name for name in GROUPS["offline"] if METRICS[name].library and name != "mad"]  # mad takes long
     for name in names:
         H = photograph(177, 176) if name == "ms_ssim" else photograph(70, 81)
         E = blurred(H)
@@ -267,31 +267,30 @@ def test_weights_that_cannot_be_had_cost_a_line_each_and_little_time(pyiqa, monk
     assert "pkg_resources" not in sys.modules or sys.modules["pkg_resources"].__spec__
 
 
-def test_weights_in_the_cache_are_enough(pyiqa, monkeypatch, tmp_path):
+def test_weights_in_the_cache_are_enough(monkeypatch, tmp_path):
+    pytest.importorskip("torchmetrics")
     import torchvision
-    from pyiqa.archs import lpips_arch
+    from torchvision.models import AlexNet_Weights
 
-    def alexnet(**_):
-        torch.manual_seed(0)
-        return torchvision.models.AlexNet()
-
+    torch.manual_seed(0)
+    (tmp_path / "checkpoints").mkdir()
+    name = AlexNet_Weights.DEFAULT.url.split("/")[-1]
+    torch.save(torchvision.models.AlexNet().state_dict(), tmp_path / "checkpoints" / name)
     monkeypatch.setattr(metrics, "_online", lambda: False)
-    monkeypatch.setattr(torchvision.models, "alexnet", alexnet)
-    monkeypatch.setattr("pyiqa.utils.download_util.DEFAULT_CACHE_DIR", str(tmp_path))
-    network = lpips_arch.LPIPS(net="alex", pretrained=False)
-    torch.save(network.state_dict(), tmp_path / lpips_arch.default_model_urls["0.1_alex"].split("/")[-1])
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     H = photograph(70, 72)
     E = blurred(H)
     with torch.no_grad():
-        expected = network.eval()(*(uint2tensor4(np.ascontiguousarray(x[4:-4, 4:-4])) for x in (E, H)))
-    assert values_of(E, H, 4, ["lpips"])["lpips"] == pytest.approx(float(expected), rel=1e-6)
+        inside = (uint2tensor4(np.ascontiguousarray(x[4:-4, 4:-4])) for x in (E, H))
+        expected = LearnedMetric("lpips")(*inside)
+    assert values_of(E, H, 4, ["lpips"])["lpips"] == pytest.approx(float(expected), rel=1e-6)  # float32
 
 
 def test_a_metric_that_fails_on_an_image_is_nan_and_named(monkeypatch, caplog):
     def fails(*_images):
         raise RuntimeError("Kernel size can't be greater\nthan actual input size")
 
-    monkeypatch.setattr(metrics, "_load_pyiqa", lambda names, device: ({"musiq": fails}, {}))
+    monkeypatch.setattr(metrics, "_load", lambda names, device: ({"musiq": fails}, {}))
     with caplog.at_level("INFO"):
         assert math.isnan(values_of(photograph(20, 30), None, 0, ["musiq"])["musiq"])
     assert caplog.messages == [
@@ -299,10 +298,11 @@ def test_a_metric_that_fails_on_an_image_is_nan_and_named(monkeypatch, caplog):
     ]
 
 
-def test_without_pyiqa_one_line_names_the_install_command(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyiqa", None)
-    with pytest.raises(UserError, match=r"LPIPS, PIQE: .*pip install -r requirements-extra\.txt"):
-        Measurer(["psnr", "lpips", "piqe"], 4, "cpu")
+def test_without_its_library_one_line_names_the_install_command(monkeypatch):
+    for library, names, titles in (("pyiqa", ["gmsd", "piqe"], "GMSD, PIQE"), ("torchmetrics", ["lpips"], "LPIPS")):
+        monkeypatch.setitem(sys.modules, library, None)
+        with pytest.raises(UserError, match=rf"{titles}: needs {library}.*pip install -r requirements-extra\.txt"):
+            Measurer(["psnr", *names], 4, "cpu")
     assert values_of(photograph(20, 20), photograph(20, 20))["psnr"] == math.inf
 
 
@@ -312,4 +312,4 @@ def test_the_note_says_what_the_columns_are(pyiqa):
     assert "border of 4 px" in note
     assert "Gray images" in note
     assert f"pyiqa {pyiqa.__version__}: PIQE" in note
-    assert "pyiqa" not in Measurer(["psnr"], 4, "cpu").describe(3)
+    assert "By" not in Measurer(["psnr", "stlpips"], 4, "cpu").describe(3)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import main_train_dm
 from main_test import main as main_test
@@ -521,36 +520,6 @@ def test_without_diffusers_the_remedy_is_named(work: Workplace, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(UserError, match=r"unet2d needs the package diffusers; pip install -r requirements-extra\.txt"):
         model_of(work)
-
-
-def test_lpips_without_its_weights_is_one_line(work: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    pyiqa = pytest.importorskip("pyiqa")
-
-    def no_network(*args: Any, **kwargs: Any) -> None:
-        raise OSError("no network")
-
-    monkeypatch.setattr(pyiqa, "create_metric", no_network)
-    with pytest.raises(UserError, match=r"train\.lpips_weight: the weights of LPIPS.*no network.*set it to 0"):
-        model_of(work, "train.lpips_weight=1")
-
-
-def test_lpips_is_weighed_and_differentiable(work: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    pyiqa = pytest.importorskip("pyiqa")
-    asked = []
-
-    class Distance(nn.Module):  # the real one's weights are a download
-        def forward(self, E: Tensor, H: Tensor) -> Tensor:
-            assert E.shape[1] == H.shape[1] == 3
-            return F.mse_loss(E, H)
-
-    monkeypatch.setattr(pyiqa, "create_metric", lambda *a, **k: (asked.append((a, k)), Distance())[1])
-    model = fed(work, "train.lpips_weight=5", "train.dm_weight=0")
-    assert asked[0][0] == ("lpips-vgg",)
-    assert asked[0][1]["as_loss"] is True
-    terms = model.losses(model.draw())
-    assert terms["lpips"].item() == pytest.approx(5 * F.mse_loss(model.E, model.H).item(), rel=1e-6)  # float32
-    model.optimize_parameters(1)
-    assert model.current_log()["G_grad"] > 0
 
 
 # --------------------------------------------------------------------------------------------------------- option files

@@ -7,6 +7,8 @@ from typing import Literal
 
 from utils.utils_error import UserError
 
+Library = Literal["", "torchmetrics", "pytorch_fid", "pyiqa"]
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -18,8 +20,9 @@ class Metric:
         higher_better: whether more is better.
         spec: format of its numbers.
         needs: ``pair`` = E and H, ``image`` = E alone, ``set`` = all E and all H of a test set.
-        own: computed here, not by pyiqa.
+        library: what must be installed to compute it, beyond requirements.txt; "" = nothing.
         smallest: side in pixels that it needs inside the border; smaller images get NaN.
+        is_loss: learned, and differentiable: ``train.iqa_weights`` takes it.
     """
 
     title: str
@@ -27,29 +30,41 @@ class Metric:
     higher_better: bool
     spec: str = ".4f"
     needs: Literal["pair", "image", "set"] = "pair"
-    own: bool = False
+    library: Library = "pyiqa"
     smallest: int = 1
+    is_loss: bool = False
 
 
-# By the name that --metrics and test.metrics take; where pyiqa computes it, also pyiqa's.
+def _learned(title: str, about: str, library: Library, smallest: int) -> Metric:
+    """A learned distance of E and H."""
+    return Metric(title, about, higher_better=False, library=library, smallest=smallest, is_loss=True)
+
+
+# By the name that --metrics and test.metrics take; where pyiqa computes it, also pyiqa's. Its licence (PolyForm
+# Noncommercial) forbids commercial use: it computes only what no library with a free licence computes equally.
 METRICS = {
-    "psnr": Metric("PSNR", "dB, on RGB", True, ".2f", own=True),
-    "ssim": Metric("SSIM", "on RGB, mean over the channels", True, own=True, smallest=11),
-    "psnr_y": Metric("PSNR-Y", "dB, on MATLAB's luma, not rounded, as in the paper", True, ".2f", own=True),
-    "ssim_y": Metric("SSIM-Y", "on MATLAB's luma, not rounded, as in the paper", True, own=True, smallest=11),
-    "psnr_y8": Metric("PSNR-Y8", "dB, on luma rounded to 8 bits, as in KAIR", True, ".2f", own=True),
-    "ssim_y8": Metric("SSIM-Y8", "on luma rounded to 8 bits, as in KAIR", True, own=True, smallest=11),
+    "psnr": Metric("PSNR", "dB, on RGB", True, ".2f", library=""),
+    "ssim": Metric("SSIM", "on RGB, mean over the channels", True, library="", smallest=11),
+    "psnr_y": Metric("PSNR-Y", "dB, on MATLAB's luma, not rounded, as in the paper", True, ".2f", library=""),
+    "ssim_y": Metric("SSIM-Y", "on MATLAB's luma, not rounded, as in the paper", True, library="", smallest=11),
+    "psnr_y8": Metric("PSNR-Y8", "dB, on luma rounded to 8 bits, as in KAIR", True, ".2f", library=""),
+    "ssim_y8": Metric("SSIM-Y8", "on luma rounded to 8 bits, as in KAIR", True, library="", smallest=11),
     "ssg": Metric(
         "SSG",
         "distance of the self-similarity graphs at H's edges: 1000 (L1 + KL), the loss SSL",
         False,
         ".3f",
-        own=True,
+        library="",
         smallest=13,  # more than half of the search area
     ),
-    "lpips": Metric("LPIPS", "learned perceptual distance, AlexNet, v0.1", False),
-    "dists": Metric("DISTS", "structure and texture distance, VGG16", False),
-    "fid": Metric("FID", "Frechet distance of Inception features over the set, whole images", False, ".2f", "set"),
+    "stlpips": _learned("ST-LPIPS", "learned distance that tolerates shifts, AlexNet", "", 21),
+    "stlpips_vgg": _learned("ST-LPIPS-VGG", "learned distance that tolerates shifts, VGG16", "", 18),
+    "lpips": _learned("LPIPS", "learned perceptual distance, AlexNet, v0.1", "torchmetrics", 31),
+    "lpips_vgg": _learned("LPIPS-VGG", "learned perceptual distance, VGG16, v0.1", "torchmetrics", 16),
+    "dists": _learned("DISTS", "structure and texture distance, VGG16", "torchmetrics", 1),
+    "fid": Metric(
+        "FID", "Frechet distance of Inception features over the set, whole images", False, ".2f", "set", "pytorch_fid"
+    ),
     "niqe": Metric("NIQE", "natural image statistics, no reference", False, ".3f", "image", smallest=96),
     "musiq": Metric("MUSIQ", "learned quality, KonIQ-10k, no reference", True, ".2f", "image"),
     "clipiqa": Metric("CLIPIQA", "CLIP's quality, no reference", True, ".4f", "image"),
@@ -68,7 +83,7 @@ GROUPS = {
     "default": _DEFAULT,
     "paper": ("psnr_y", "ssim_y", "ssg", "lpips", "dists", "fid", "niqe", "musiq", "clipiqa", "maniqa"),
     # What needs no download.
-    "offline": (*_DEFAULT, "ms_ssim", "fsim", "gmsd", "vif", "nlpd", "mad", "piqe"),
+    "offline": (*_DEFAULT, "stlpips", "stlpips_vgg", "ms_ssim", "fsim", "gmsd", "vif", "nlpd", "mad", "piqe"),
 }
 
 

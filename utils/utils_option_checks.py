@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from utils.utils_metric_table import METRICS
 from utils.utils_option_networks import (
     DiffusionNetwork,
     ELANOptions,
@@ -52,6 +53,7 @@ def problems(opt: Options) -> Iterator[str]:
     yield from _similarity(opt.train, size)
     yield from _betas(opt.train, "G", "D")
     yield from _features(opt.train, size)
+    yield from _metrics(opt.train, size)
     yield from _systems(opt, opt.netG, size)
     yield from _weights(opt)
     if opt.model in ("gan", "spsr"):
@@ -176,6 +178,15 @@ def _features(train: TrainOptions, size: int) -> Iterator[str]:
     halvings = sum(max(layers) >= pool for pool in (4, 9, 18, 27, 36))
     if train.F_lossfn_weight and size < 2**halvings:
         yield f"train.F_feature_layer: {max(layers)} needs patches of at least {2**halvings} pixels, not {size}"
+
+
+def _metrics(train: TrainOptions, size: int) -> Iterator[str]:
+    """The metrics that are losses, on patches of ``size`` pixels."""
+    if train.lpips_weight and train.iqa_weights.lpips_vgg:
+        yield "train.lpips_weight: is another name for train.iqa_weights.lpips_vgg, which is given too; remove one"
+    for name in train.iqa_losses:
+        if size < METRICS[name].smallest:
+            yield f"train.iqa_weights.{name}: needs patches of at least {METRICS[name].smallest} pixels, not {size}"
 
 
 def _systems(opt: Options, netG: NetG, size: int) -> Iterator[str]:
@@ -315,7 +326,7 @@ def is_read(opt: Options) -> dict[str, dict[str, bool]]:
         sections[f"datasets.{name}"] = _is_read_of(one)
     sides = {"G": sr, "D": trains_D, "R": ranker}
     sections["train"] = {
-        **dict.fromkeys((*FIDELITY_WEIGHTS, "E_decay"), sr),
+        **dict.fromkeys((*FIDELITY_WEIGHTS, "iqa_weights", "E_decay"), sr),
         **dict.fromkeys(("G_lossfn_type", "l1_gt_usm"), sr and train.G_lossfn_weight > 0),
         "G_charbonnier_eps": sr and train.G_lossfn_weight > 0 and train.G_lossfn_type == "charbonnier",
         "percep_gt_usm": with_F,

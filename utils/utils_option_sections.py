@@ -200,6 +200,16 @@ class OptimizerOptions(NamedTuple):
         return self.lr * self.gamma ** sum(step >= m for m in self.milestones)
 
 
+class IQAWeights(Section):
+    """The weights of metrics that are losses, by the names of utils_metric_table."""
+
+    stlpips: Weight = Field(0.0, description="ST-LPIPS on AlexNet, nothing to download; 0 = off")
+    stlpips_vgg: Weight = Field(0.0, description="ST-LPIPS on VGG16, nothing to download; 0 = off")
+    lpips: Weight = Field(0.0, description="LPIPS on AlexNet, v0.1, through torchmetrics; 0 = off")
+    lpips_vgg: Weight = Field(0.0, description="LPIPS on VGG16, v0.1, through torchmetrics; 0 = off")
+    dists: Weight = Field(0.0, description="DISTS, through torchmetrics; 0 = off")
+
+
 class TrainOptions(Section):
     iterations: Positive | None = Field(None, description="stop after this step; null = until interrupted, as KAIR")
     manual_seed: Seed | None = Field(None, description="null = drawn at random and written to the log")
@@ -214,7 +224,7 @@ class TrainOptions(Section):
     )
     precision: Precision = Field(
         "fp32",
-        description="what networks compute in while training (autocast); weights, VGG, LPIPS and the losses keep fp32; "
+        description="what networks compute in while training (autocast); weights, VGG, metrics, losses keep fp32; "
         "fp16 with a loss scaler for each network",
     )
     micro_batch: Positive | None = Field(
@@ -251,7 +261,8 @@ class TrainOptions(Section):
     F_use_input_norm: bool = Field(True, description="normalise by ImageNet's mean and standard deviation")
     F_use_range_norm: bool = Field(False, description="map [-1, 1] to [0, 1] first")
 
-    lpips_weight: Weight = Field(0.0, description="weight of LPIPS on VGG16, v0.1, through pyiqa; 0 = off")
+    iqa_weights: IQAWeights = Field(IQAWeights(), description="metrics as losses: the weight of each")
+    lpips_weight: Weight = Field(0.0, description="another name for iqa_weights.lpips_vgg; 0 = off")
 
     gan_type: Literal["gan", "ragan", "ragan_basicsr", "lsgan", "wgan", "softplusgan"] = Field(
         "gan",
@@ -346,6 +357,13 @@ class TrainOptions(Section):
         None, description="keep the newest this many checkpoints and the best one; null = keep all"
     )
 
+    @property
+    def iqa_losses(self) -> dict[str, float]:
+        """The metrics that are losses, with their weights."""
+        weights: dict[str, float] = self.iqa_weights.model_dump()
+        weights["lpips_vgg"] += self.lpips_weight
+        return {name: weight for name, weight in weights.items() if weight > 0}
+
     def optimizer(self, side: Side) -> OptimizerOptions:
         """How a side is trained; the discriminators and the ranker have no warm-up and no cosine."""
         of_G = side == "G"
@@ -366,8 +384,9 @@ class TrainOptions(Section):
 # The names and groups of utils_metric_table.
 _OwnMetric = Literal["psnr", "ssim", "psnr_y", "ssim_y", "psnr_y8", "ssim_y8", "ssg"]
 _OfflineMetric = Literal["ms_ssim", "fsim", "gmsd", "vif", "nlpd", "mad", "piqe"]
-_LearnedMetric = Literal["lpips", "dists", "fid", "niqe", "musiq", "clipiqa", "maniqa"]
-MetricName = Literal["default", "paper", "offline", _OwnMetric, _LearnedMetric, _OfflineMetric]
+_LossMetric = Literal["stlpips", "stlpips_vgg", "lpips", "lpips_vgg", "dists"]
+_LearnedMetric = Literal["fid", "niqe", "musiq", "clipiqa", "maniqa"]
+MetricName = Literal["default", "paper", "offline", _OwnMetric, _LossMetric, _LearnedMetric, _OfflineMetric]
 
 
 class TestOptions(Section):
@@ -456,4 +475,4 @@ FIDELITY_WEIGHTS = [n for n in TrainOptions.model_fields if n.endswith("_weight"
 
 def fidelity_weight(train: TrainOptions) -> float:
     """The sum of what ModelSR.fidelity_terms weighs. A new option that ends in ``_weight`` is among it by itself."""
-    return sum(train[name] for name in FIDELITY_WEIGHTS)
+    return sum(train[name] for name in FIDELITY_WEIGHTS) + sum(train.iqa_losses.values())
