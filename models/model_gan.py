@@ -8,6 +8,7 @@ from torch import Tensor
 from models.loss import GANLoss
 from models.loss_systems import flat_mask
 from models.model_base import ModelSR
+from models.network_spsr import SPSROutput
 from models.select_network import define_D
 from utils.utils_checkpoint import unwrap
 from utils.utils_option import Options
@@ -39,20 +40,30 @@ class ModelGAN(ModelSR):
         with_G = current_step > train.D_init_iters and current_step % train.D_update_ratio == 0
         for _ in self.pieces():
             with torch.set_grad_enabled(with_G):
-                output = self.call(self.netG, self.L)
-                self.E = image_of(output)
-                contests = {name: contest for name, contest in self.contests().items() if contest.weight > 0}
-
+                output, contests = self._enter()
             if with_G:
-                terms = self.fidelity_terms(output)
-                for name, contest in contests.items():
-                    terms[f"{name}_loss"] = contest.weight * self._fooling(name, contest)
-                self.backward("G", terms)
+                self.backward("G", self._terms(output, contests))
             for name, contest in contests.items():
                 self.backward(name, self._telling_apart(name, contest))
         self.update(current_step)
         if with_G:
             self.update_E()
+
+    def losses(self) -> dict[str, Tensor]:
+        """The generator's weighted losses of the fed images, by name."""
+        return self._terms(*self._enter())
+
+    def _enter(self) -> tuple[Tensor | SPSROutput, dict[str, Contest]]:
+        """What netG makes of the fed images, and the contests into which it enters."""
+        output = self.call(self.netG, self.L)
+        self.E = image_of(output)
+        return output, {name: contest for name, contest in self.contests().items() if contest.weight > 0}
+
+    def _terms(self, output: Tensor | SPSROutput, contests: dict[str, Contest]) -> dict[str, Tensor]:
+        terms = self.fidelity_terms(output)
+        for name, contest in contests.items():
+            terms[f"{name}_loss"] = contest.weight * self._fooling(name, contest)
+        return terms
 
     def contests(self) -> dict[str, Contest]:
         """What each discriminator sees of H and E, by its name."""
