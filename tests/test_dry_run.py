@@ -68,7 +68,7 @@ def test_every_loss_of_the_generator_stands_in_a_table_of_80_columns(
     assert {name for name, (_, gradient) in table(report).items() if not gradient} == without
     assert max(map(len, report.splitlines())) <= 80
     assert re.search(r"^peak memory +\d+\.\d\d GiB of the process$", report, re.MULTILINE)
-    assert re.search(r"^a step +[.\d]+ s, of these [.\de-]+ s waiting for data$", report, re.MULTILINE)
+    assert re.search(r"^a step +[.\d]+ s, of these [.\de-]+ s waiting for data; medians of 15$", report, re.MULTILINE)
     assert re.search(r"^to train\.iterations +[\dd ]*\d+:\d\d:\d\d for 100,000 steps", report, re.MULTILINE)
     assert ("netD is new" in report) == (kind in ("gan", "spsr"))
 
@@ -103,7 +103,7 @@ def test_nothing_is_written_and_a_run_that_exists_is_not_touched(work: Workplace
     work.run("model=gan", "datasets.test=null", "--dry_run")  # at its end, of which a dry run has none
     said = capsys.readouterr().out
     assert "resumed at step 4" in said
-    assert "dry run from step 4, nothing is saved" in said
+    assert "dry run from step 4: 20 steps, the losses of 20 batches; nothing is saved" in said
     assert "netD is new" not in said
     assert tree(work.folder()) == before
 

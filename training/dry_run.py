@@ -60,18 +60,20 @@ def rehearse(
         reseed: makes the draws those of a step.
     """
     first = max(step, opt.train.D_init_iters if opt.model in ("gan", "spsr") else 0)
+    logger.info("dry run from step %d: %d steps, the losses of %d batches; nothing is saved", step, STEPS, STEPS)
     speed = _train(model, loaded, first, reseed, device)
     memory = _peak_memory(device)
-    logger.info("\ndry run from step %d, nothing is saved\n", step)
+    logger.info("")
     if isinstance(model, ModelSR):
         batches = []
         for number, batch in zip(range(STEPS), loaded, strict=False):
             reseed(first + STEPS + number + 1)
             model.feed_data(batch)
             batches.append(terms(model))
-        for line in _losses(opt, medians(batches)):
+        measured = medians(batches)
+        for line in _losses(opt, measured):
             logger.info("%s", line)
-        if opt.model in ("gan", "spsr") and not step:
+        if "D_loss" in measured and not step and opt.path.pretrained_netD is None:
             logger.info(
                 "netD is new and has learned for %d steps: measure again when the run has a\n"
                 "checkpoint, from which the same command starts.",
@@ -126,11 +128,11 @@ def _cost(opt: Options, step: int, speed: Speed, memory: int, device: torch.devi
     what = "of the GPU, in tensors" if device.type == "cuda" else "of the process"
     if memory:
         yield f"{'peak memory':<20}{memory / 2**30:.2f} GiB {what}"
-    yield f"{'a step':<20}{speed.step:.3g} s, of these {speed.data:.2g} s waiting for data"
+    count = STEPS - WARM_UP
+    yield f"{'a step':<20}{speed.step:.3g} s, of these {speed.data:.2g} s waiting for data; medians of {count}"
     if opt.train.iterations is not None:
         left = max(0, opt.train.iterations - step)
         yield f"{'to train.iterations':<20}{duration(left * speed.mean)} for {left:,} steps, validation not counted"
-    yield f"Times: medians of the last {STEPS - WARM_UP} of {STEPS} steps; the third from their mean."
 
 
 # ---------------------------------------------------------------------------------------------------------------- terms
