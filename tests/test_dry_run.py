@@ -78,6 +78,16 @@ def test_without_ssl_it_says_how_to_be_told(work: Workplace, capsys) -> None:
     assert "SSL is off. Give train.ssl_l1_weight and train.ssl_kl_weight any values" in capsys.readouterr().out
 
 
+def test_a_discriminator_that_is_given_is_not_called_new(work: Workplace, capsys) -> None:
+    work.run("model=gan", "task=before", "datasets.test=null", "train.iterations=2")
+    capsys.readouterr()
+    netD = work.folder("before") / "models" / "2_D.pth"
+    work.run("model=gan", "datasets.test=null", f"path.pretrained_netD={netD}", "--dry_run")
+    said = capsys.readouterr().out
+    assert "D_loss" in table(said)
+    assert "netD is new" not in said
+
+
 def test_a_ranker_makes_no_image_to_balance(tmp_path: Path, capsys) -> None:
     results = Results(tmp_path)
     before = tree(tmp_path)
