@@ -2,18 +2,19 @@
 
 python main_train_gan.py --opt options/train_bsrgan_ssl.json
 python main_train_gan.py --opt options/train_bsrgan_ssl.json train.ssl_l1_weight=200 train.ssl_kl_weight=200
+python main_train_gan.py --opt options/train_bsrgan_ssl.json --dry_run
 torchrun --nproc_per_node=2 main_train_gan.py --opt options/train_bsrgan_ssl.json
 """
 
-from training.command_line import training_options
+from training.command_line import training_command
 from utils.utils_launch import run
 
 
 def main() -> None:
-    opt = training_options(__doc__, models=["gan", "spsr"])
+    command = training_command(__doc__, models=["gan", "spsr"])
     from training.loop import train  # with torch and all models: once the options are right
 
-    train(opt)
+    train(*command)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,15 @@ python main_train_psnr.py --opt options/train_bsrgan_psnr.json train.iterations=
 torchrun --nproc_per_node=2 main_train_psnr.py --opt options/train_bsrgan_psnr.json
 """
 
-from training.command_line import training_options
+from training.command_line import training_command
 from utils.utils_launch import run
 
 
 def main() -> None:
-    opt = training_options(__doc__, models=["plain"])
+    command = training_command(__doc__, models=["plain"])
     from training.loop import train  # with torch and all models: once the options are right
 
-    train(opt)
+    train(*command)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,15 @@ python main_train_ranker.py --opt options/train_ranker.json datasets.train.rank_
 torchrun --nproc_per_node=2 main_train_ranker.py --opt options/train_ranker.json
 """
 
-from training.command_line import training_options
+from training.command_line import training_command
 from utils.utils_launch import run
 
 
 def main() -> None:
-    opt = training_options(__doc__, models=["ranker"])
+    command = training_command(__doc__, models=["ranker"])
     from training.loop import train  # with torch and all models: once the options are right
 
-    train(opt)
+    train(*command)
 
 
 if __name__ == "__main__":

@@ -387,6 +387,10 @@ class ModelSR(ModelBase):
         """What makes E of L with a network of G's kind; with ``quick`` it need not be good. Here the network itself."""
         return network
 
+    def losses(self) -> dict[str, Tensor]:
+        """The generator's weighted losses of the fed images, by name; each model's own."""
+        raise NotImplementedError
+
     def _is_sound(self, name: str) -> bool:
         """Whether all weights are finite and, of a generator, what it makes of a grey square."""
         sound = super()._is_sound(name)

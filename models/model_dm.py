@@ -70,9 +70,9 @@ class ModelDM(ModelSR):
         t = times[torch.randint(len(times), (n,))].to(self.device)
         return Draw(t, *(torch.randn(shape, device=self.device) for _ in range(3)))
 
-    def losses(self, draw: Draw) -> dict[str, Tensor]:
-        """The weighted losses of the fed images at the times and with the noise of ``draw``, by name."""
-        train, process = self.opt.train, self.process
+    def losses(self, draw: Draw | None = None) -> dict[str, Tensor]:
+        """The weighted losses of the fed images at the times and with the noise of ``draw``, by name; None = drawn."""
+        train, process, draw = self.opt.train, self.process, draw or self.draw()
         L_up = enlarge(self.L, self.opt.scale)
         with torch.no_grad(), self.autocast():
             x0 = self.autoencoder.encode(2 * self.H - 1, draw.noise_H).float()

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from models.loss import GANLoss
 from models.loss_systems import flat_mask
 from models.model_base import ModelSR
+from models.network_spsr import SPSROutput
 from models.select_network import define_D
 from utils.utils_checkpoint import unwrap
 from utils.utils_option import Options
@@ -48,25 +49,38 @@ class ModelGAN(ModelSR):
         with_G = current_step > train.D_init_iters and current_step % train.D_update_ratio == 0
         for _ in self.pieces():
             with torch.set_grad_enabled(with_G):
-                output = self.call(self.netG, self.L)
-                self.E = image_of(output)
-                contests = {name: contest for name, contest in self.contests().items() if contest.weight > 0}
-
+                output, contests = self._enter()
             judged: dict[str, Judged] = {}
             if with_G:
-                terms = self.fidelity_terms(output)
-                for name, contest in contests.items():
-                    if train.D_once:
-                        loss, judged[name] = self._judged_once(name, contest)
-                    else:
-                        loss = self._fooling(name, contest)
-                    terms[f"{name}_loss"] = contest.weight * loss
-                self.backward("G", terms)
+                self.backward("G", self._terms(output, contests, judged))
             for name, contest in contests.items():
                 self._tell_apart(name, contest, judged.get(name))
         self.update(current_step)
         if with_G:
             self.update_E()
+
+    def losses(self) -> dict[str, Tensor]:
+        """The generator's weighted losses of the fed images, by name."""
+        return self._terms(*self._enter(), {})
+
+    def _enter(self) -> tuple[Tensor | SPSROutput, dict[str, Contest]]:
+        """What netG makes of the fed images, and the contests into which it enters."""
+        output = self.call(self.netG, self.L)
+        self.E = image_of(output)
+        return output, {name: contest for name, contest in self.contests().items() if contest.weight > 0}
+
+    def _terms(
+        self, output: Tensor | SPSROutput, contests: dict[str, Contest], judged: dict[str, Judged]
+    ) -> dict[str, Tensor]:
+        """The generator's weighted losses; ``judged`` gets the logits that the discriminators learn from too."""
+        terms = self.fidelity_terms(output)
+        for name, contest in contests.items():
+            if self.opt.train.D_once:
+                loss, judged[name] = self._judged_once(name, contest)
+            else:
+                loss = self._fooling(name, contest)
+            terms[f"{name}_loss"] = contest.weight * loss
+        return terms
 
     def contests(self) -> dict[str, Contest]:
         """What each discriminator sees of H and E, by its name."""

@@ -11,7 +11,8 @@ from data.select_dataset import define_Dataset
 from models.model_base import ModelBase
 from models.select_model import define_Model
 from tests.conftest import photograph
-from training.loop import train, training_options
+from training.command_line import training_command
+from training.loop import train
 from utils.utils_image import imsave
 from utils.utils_option import parse
 
@@ -65,8 +66,7 @@ class Workplace:
     def run(self, *overrides: str) -> None:
         """What ``python main_train_x.py --opt ... overrides`` does, in this process."""
         arguments = ["--opt", self.file(), *overrides]
-        opt = training_options(None, ["plain", "gan", "spsr", "dm", "ranker"], arguments)
-        train(opt)
+        train(*training_command(None, ["plain", "gan", "spsr", "dm", "ranker"], arguments))
 
     def model(self, *overrides: str, seed: int = 0) -> ModelBase:
         """The model alone."""

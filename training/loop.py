@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from models.model_ranker import ModelRanker
 from models.precision import set_up
 from models.select_model import define_Model
 from training.command_line import training_options
+from training.dry_run import rehearse
 from training.failure import told_in_one_line
 from training.progress import Progress
 from training.validate import validate, validate_ranker
@@ -41,23 +43,31 @@ __all__ = ["train", "training_options"]
 logger = logging.getLogger(__name__)
 
 
-def train(opt: Options) -> None:
+def train(opt: Options, dry_run: bool = False) -> None:
     """Train to ``train.iterations``, going on from the newest complete checkpoint of the run if there is one.
 
     Nothing is written before the options, the paths, the networks and the images have been checked. Ctrl-C or SIGTERM
     ends the run after the step at hand, with a checkpoint.
+
+    Args:
+        opt: resolved options.
+        dry_run: from the same checkpoint only :func:`training.dry_run.rehearse`; nothing is written.
 
     Raises:
         UserError: data or checkpoints are missing or unusable, or a loss is not finite.
     """
     device = utils_dist.init(opt.gpu_ids)
     setup(quiet=utils_dist.rank() > 0)
+    stopped_by = 0
     try:
-        with _StopSignals() as stop:
-            run = _prepare(opt, device)
-            if run is not None:
-                _loop(run, stop)
-        stopped_by = utils_dist.highest(stop.received, device)  # and none leaves while another still works
+        if dry_run:
+            _rehearse(opt, device)
+        else:
+            with _StopSignals() as stop:
+                run = _prepare(opt, device)
+                if run is not None:
+                    _loop(run, stop)
+            stopped_by = utils_dist.highest(stop.received, device)  # and none leaves while another still works
         # The distributed wrappers go before the group: their C++ side holds it, and as the last holder waits for its
         # threads with Python's lock in hand, for which these wait (seen to hang with PyTorch 2.6).
         run = None
@@ -84,8 +94,11 @@ class _Run:
     checkpoints: Checkpoints
 
 
-def _prepare(opt: Options, device: torch.device) -> _Run | None:
-    """Check and build everything, then make the run's folder; None where the run is at its end already."""
+def _prepare(opt: Options, device: torch.device, dry_run: bool = False) -> _Run | None:
+    """Check and build everything, then make the run's folder; None where the run is at its end already.
+
+    A dry run has no folder and no end.
+    """
     data, rank, world_size = opt.train_set, utils_dist.rank(), utils_dist.world_size()
     assert data is not None
     if data.dataloader_batch_size % world_size:
@@ -120,14 +133,14 @@ def _prepare(opt: Options, device: torch.device) -> _Run | None:
         logger.info("path.%s: %s is gone, and not needed: step %d of the run has all weights", key, opt.path[key], step)
     counts = {f"the number of items in {name}": len(d) for name, d in {"train": train_set, **test_sets}.items()}
     _check_agreement({"the step of the newest checkpoint": step, **counts}, device)
-    if opt.train.iterations is not None and step >= opt.train.iterations:
+    if opt.train.iterations is not None and step >= opt.train.iterations and not dry_run:
         logger.info("%s has reached step %d already; to go on raise train.iterations, or change task", opt.task, step)
         return None
     if rank == 0:
         for d in opt.datasets.values():
             check_dataset(d)
     utils_dist.highest(0, device)  # all have come through
-    if rank == 0:
+    if rank == 0 and not dry_run:
         _make_run_folder(opt, seed)
 
     images, batch = len(train_set), data.dataloader_batch_size
@@ -141,6 +154,20 @@ def _prepare(opt: Options, device: torch.device) -> _Run | None:
     loader = training_loader(train_set, sampler, data.dataloader_num_workers, pin_memory=device.type == "cuda")
     degrade = Degrader(data, device) if data.degradation_device == "gpu" else None
     return _Run(opt, device, seed, step, model, loader, degrade, test_sets, checkpoints)
+
+
+def _rehearse(opt: Options, device: torch.device) -> None:
+    """A dry run: the steps of the run that would begin or go on, nothing written."""
+    run = _prepare(opt, device, dry_run=True)
+    assert run is not None
+    with closing(ahead(batches(run.loader), device)) as loaded, told_in_one_line(run.model, run.step + 1):
+        fed = map(run.degrade, loaded) if run.degrade else loaded
+        rehearse(opt, run.model, fed, run.step, partial(_reseed, run.seed), device)
+
+
+def _reseed(seed: int, step: int) -> None:
+    """Each step has draws of its own: no generator states need be saved for a resumed run to equal the other."""
+    torch.manual_seed(hash((seed, step, utils_dist.rank())) % 2**63)
 
 
 def _loop(run: _Run, stop: "_StopSignals") -> None:
@@ -164,8 +191,7 @@ def _steps(run: _Run, loaded: Iterable[dict[str, object]], stop: "_StopSignals",
     for batch in loaded:
         step += 1
         progress.data_arrived()
-        # Reseeded for each step: so a resumed run needs no saved generator states to equal the uninterrupted one.
-        torch.manual_seed(hash((run.seed, step, utils_dist.rank())) % 2**63)
+        _reseed(run.seed, step)
         model.update_learning_rate(step)
         with told_in_one_line(model, step):
             model.feed_data(run.degrade(batch) if run.degrade else batch)
