@@ -43,7 +43,7 @@ def _picture(image: Picture) -> tuple[str, bool]:
     picture = Image.fromarray(image)
     if max(image.shape[:2]) > _SIDE:
         return _uri(picture, "jpeg", quality=92, subsampling=0), False
-    uri = _uri(picture, "webp", lossless=True, quality=20, method=2)
+    uri = _uri(picture, "webp", lossless=True, quality=30, method=2)
     return (uri, True) if len(uri) <= _LOSSLESS else (_uri(picture, "webp", quality=93, method=2), False)
 
 
