@@ -2,6 +2,7 @@
 
     python benchmarks/bench_test.py                 # the figures of benchmarks/README.md, about three minutes
     python benchmarks/bench_test.py --bf16 --rounds 1 --width 200 --height 150 --tile 64
+    python benchmarks/bench_test.py --memory        # what main_test.py takes at most, by image and tile
 
 The plain loop is written here from its description, KAIR's and SwinIR's: full tiles, the last of a row shifted back,
 means where tiles overlap. All forms restore one image with one network, RRDBNet x4 with 4 blocks of 32 features and
@@ -10,12 +11,15 @@ times, in which other work shows less, medians of the rounds; extra memory is th
 """
 
 import argparse
+import contextlib
 import datetime
+import io
 import multiprocessing
 import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,13 +29,16 @@ from typing import NamedTuple
 # Before torch: a forked process cannot use threads that its parent has started.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from memory import forget_peak, peak
 
+from main_test import main as test
 from models.network_rrdbnet import RRDBNet
+from utils.utils_image import imsave
 from utils.utils_tile import restore
 
 SCALE, OVERLAP = 4, 32
@@ -92,6 +99,47 @@ def measure(form: str, height: int, width: int, tile: int) -> Measured:
     return Measured(time.process_time() - begin, peak() - before, len(shapes), pixels)
 
 
+# ------------------------------------------------------------------------------------------------ all of main_test.py
+
+SIZES = (255, 170), (510, 340), (765, 510)  # of L
+TILES = "64", "128", "256", "0", "auto"
+
+
+def peak_of_test(folder: Path, arguments: list[str]) -> float:
+    """MiB that main_test.py takes at most above what it held after a small image."""
+
+    small = "--input", str(folder / "L" / "48x48.png"), "--gt", str(folder / "H" / "48x48.png")
+    command = "--model_path", str(folder / "net.pth"), "--output", str(folder / "results")
+    with contextlib.redirect_stdout(io.StringIO()):
+        test([*command, *small])
+        forget_peak()
+        before = peak()
+        test([*command, *arguments])
+    return peak() - before
+
+
+def memory_rows(folder: Path) -> None:
+    torch.manual_seed(0)
+    # Of one block: the maps at the size of E, which take the most, are those of any RRDBNet with 32 features.
+    torch.save(RRDBNet(nf=32, nb=1, gc=16, sf=SCALE).state_dict(), folder / "net.pth")
+    rng = np.random.default_rng(0)
+    for kind in "LH":
+        (folder / kind).mkdir()
+    for width, height in [(48, 48), *SIZES]:
+        L = rng.integers(0, 256, (height, width, 3), np.uint8)
+        imsave(L, str(folder / "L" / f"{width}x{height}.png"))
+        imsave(L.repeat(SCALE, 0).repeat(SCALE, 1), str(folder / "H" / f"{width}x{height}.png"))
+    titles = [{"0": "whole"}.get(tile, tile) for tile in TILES]
+    print(f"| MiB at most, tile | {' | '.join(titles)} | 128, measured |\n|---|{'---|' * (len(TILES) + 1)}")
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as process:
+        for width, height in SIZES:
+            L, H = (str(folder / kind / f"{width}x{height}.png") for kind in "LH")
+            runs = [["--input", L, "--report_images", "0", "--tile", tile] for tile in TILES]
+            runs.append(["--input", L, "--gt", H, "--tile", "128"])
+            peaks = [process.apply(peak_of_test, (folder, run)) for run in runs]
+            print(f"| {width} x {height} | {' | '.join(f'{mib:.0f}' for mib in peaks)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=510)
@@ -99,7 +147,12 @@ def main() -> None:
     parser.add_argument("--tile", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--bf16", action="store_true", help="also in bf16: very slow on processors that lack it")
+    parser.add_argument("--memory", action="store_true", help="the peak memory of main_test.py instead")
     args = parser.parse_args()
+    if args.memory:
+        with tempfile.TemporaryDirectory() as folder:
+            memory_rows(Path(folder))
+        return
     size, forms = (args.height, args.width), [form for form, (_, low) in FORMS.items() if args.bf16 or not low]
     print(f"{datetime.date.today()}, Python {platform.python_version()}, PyTorch {torch.__version__}")
     print(f"{args.width} x {args.height}, x{SCALE}, overlap {OVERLAP}, one thread, processor time\n")
