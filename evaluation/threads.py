@@ -28,6 +28,7 @@ class Threads:
         self._count = count
         self._pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(torch_threads,))
         self._at_work: set[int] = set()
+        self._is_over = False
         self._lock = threading.Lock()
 
     def __enter__(self) -> "Threads":
@@ -39,6 +40,7 @@ class Threads:
         if error:
             self._pool.shutdown(wait=False, cancel_futures=True)
             with self._lock:
+                self._is_over = True
                 for thread in self._at_work:
                     # What CPython does to the main thread upon Ctrl-C, done to another one.
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(
@@ -71,6 +73,8 @@ class Threads:
     def _make(self, call: Callable[[], _T]) -> _T:
         thread = threading.get_ident()
         with self._lock:
+            if self._is_over:  # drawn from the queue at the last moment
+                raise KeyboardInterrupt
             self._at_work.add(thread)
         try:
             return call()
