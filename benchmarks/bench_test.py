@@ -151,9 +151,9 @@ def memory_rows(folder: Path) -> None:
     for kind in "LH":
         (folder / kind).mkdir()
     for width, height in [(48, 48), *SIZES]:
-        L = rng.integers(0, 256, (height, width, 3), np.uint8)
-        imsave(L, str(folder / "L" / f"{width}x{height}.png"))
-        imsave(L.repeat(SCALE, 0).repeat(SCALE, 1), str(folder / "H" / f"{width}x{height}.png"))
+        noise = rng.integers(0, 256, (height, width, 3), np.uint8)
+        imsave(noise, str(folder / "L" / f"{width}x{height}.png"))
+        imsave(noise.repeat(SCALE, 0).repeat(SCALE, 1), str(folder / "H" / f"{width}x{height}.png"))
     titles = [{"0": "whole"}.get(tile, tile) for tile in TILES]
     print(f"| MiB at most, tile | {' | '.join(titles)} | 128, measured |\n|---|{'---|' * (len(TILES) + 1)}")
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as process:
