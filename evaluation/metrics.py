@@ -327,10 +327,9 @@ class Measurer:
 
     def of_set(self) -> dict[str, dict[str, float]]:
         """Label -> metric name -> value over the images measured since the last call."""
-        # In an order of their own: threads may have measured the images in any.
-        features = {
-            label: np.stack(sorted(rows, key=lambda row: row.tobytes())) for label, rows in self._features.items()
-        }
+        for rows in self._features.values():
+            rows.sort(key=lambda row: row.tobytes())  # threads may have measured the images in any order
+        features = {label: np.stack(rows) for label, rows in self._features.items()}
         self._features.clear()
         truth = features.pop("", None)
         return {} if truth is None else {label: {"fid": frechet_distance(x, truth)} for label, x in features.items()}
