@@ -171,22 +171,28 @@ def agreement(images: list[np.ndarray]) -> float:
     return max(differences)
 
 
+def batch_times(images: list[np.ndarray], name: str, n: int, device: torch.device) -> tuple[float, float]:
+    """Median milliseconds of drawing the steps for a batch of n samples, and of drawing and applying them."""
+    batch = torch.stack([single2tensor3(images[i % len(images)]) for i in range(n)]).to(device)
+    drawn, times = [], []
+    for seed in range(8):
+        rng, generator = np.random.default_rng(seed), torch.Generator(device).manual_seed(seed)
+        start = time.perf_counter()
+        plans = [DEGRADATIONS[name]((SIDE, SIDE, 3), SCALE, rng) for _ in range(n)]
+        drawn.append(time.perf_counter() - start)
+        apply_batch(batch, plans, generator)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    draw, whole = (1000 * statistics.median(x[2:]) for x in (drawn, times))  # the first build their plans
+    return draw, whole
+
+
 def batch_rows(images: list[np.ndarray], names: Sequence[str], device: torch.device) -> None:
     print(f"\nbatched on {device}\n{'degradation':<18}{'batch':>6}{'draw ms':>10}{'ms a batch':>12}{'ms a sample':>13}")
     for name in names:
         for n in (16, 48):
-            batch = torch.stack([single2tensor3(images[i % len(images)]) for i in range(n)]).to(device)
-            drawn, times = [], []
-            for seed in range(8):
-                rng, generator = np.random.default_rng(seed), torch.Generator(device).manual_seed(seed)
-                start = time.perf_counter()
-                plans = [DEGRADATIONS[name]((SIDE, SIDE, 3), SCALE, rng) for _ in range(n)]
-                drawn.append(time.perf_counter() - start)
-                apply_batch(batch, plans, generator)
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                times.append(time.perf_counter() - start)
-            draw, whole = (1000 * statistics.median(x[2:]) for x in (drawn, times))  # the first build their plans
+            draw, whole = batch_times(images, name, n, device)
             print(f"{name:<18}{n:>6}{draw:>10.2f}{whole:>12.1f}{whole / n:>13.3f}")
 
 

@@ -284,7 +284,7 @@ def ceilings() -> tuple[float, float]:
     return n**3 / product * 1000, 2 * 4 * source.numel() / copy * 1000
 
 
-def _measure_on_gpu(form: str, window: int, sets: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[float, float, float]:
+def measure_on_gpu(form: str, window: int, sets: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[float, float, float]:
     """-> (milliseconds of loss forward + backward, extra MiB, loss)."""
     loss = loss_of(form, window)
 
@@ -363,7 +363,7 @@ def gpu_rows(image: np.ndarray) -> None:
         for form, window in forms:
             row = f"{name:<9}{pixels:>8}  {form:<8}{window:>6}"
             try:
-                milliseconds, extra, value = _measure_on_gpu(form, window, sets)
+                milliseconds, extra, value = measure_on_gpu(form, window, sets)
             except (RuntimeError, ValueError) as error:  # no kernels, or too little memory: the other rows still count
                 print(f"{row}  {reason(error)[:70]}", flush=True)
                 continue

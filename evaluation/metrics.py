@@ -13,6 +13,7 @@ import logging
 import math
 import socket
 import sys
+import threading
 import types
 import urllib.error
 import urllib.request
@@ -20,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ INSTALL = "python -m pip install -r requirements-extra.txt"
 # ---------------------------------------------------------------------------------------------------------- our own
 
 _BAND_PIXELS = 2**15  # a band's graphs take at most 80 MB each, commonly a tenth of that
+_ROWS = 256  # of graphs, 0.6 MB
 _SEARCH = 25  # of utils_ssl
 
 
@@ -78,8 +80,11 @@ def ssg_maps(
         if len(at):
             target = self_similarity_graph(hr[band], of_band[band])
             for sr, values in zip(srs, maps, strict=True):
-                l1, kl = graph_difference(self_similarity_graph(sr[band], of_band[band]), target)
-                values[at[:, 0], at[:, 1]] = 1000 * (l1 + kl).cpu().numpy()
+                graph = self_similarity_graph(sr[band], of_band[band])
+                # A few rows at a time stay in the processor's cache: the difference takes half the time.
+                pairs = zip(graph.split(_ROWS), target.split(_ROWS), strict=True)
+                differences = torch.cat([torch.add(*graph_difference(*pair)) for pair in pairs])
+                values[at[:, 0], at[:, 1]] = 1000 * differences.cpu().numpy()
     return maps
 
 
@@ -226,6 +231,19 @@ def _as_input(image: Picture, border: int, device: torch.device | str) -> torch.
     return uint2tensor4(np.ascontiguousarray(inside)).expand(-1, 3, -1, -1).to(device)
 
 
+class _Muted(io.TextIOBase):
+    """A stream without what the thread writes to it that has made this object."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._thread = stream, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self._thread else self._stream.write(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
 # ------------------------------------------------------------------------------------------------------- all of them
 
 
@@ -256,6 +274,7 @@ class Measurer:
     def __init__(self, names: Iterable[str], border: int, device: torch.device | str) -> None:
         chosen = choose(names)
         self.border, self.device = border, device
+        self._lock, self._threads = threading.Lock(), torch.get_num_threads()
         self._networks: dict[str, Any] = {}
         self.missing: dict[str, str] = {}
         if with_network := [name for name in chosen if METRICS[name].library or METRICS[name].is_loss]:
@@ -269,8 +288,19 @@ class Measurer:
         """The metrics of a set with ground truth, or of one without."""
         return [name for name in self.names if with_truth or METRICS[name].needs == "image"]
 
+    @contextlib.contextmanager
+    def _network_alone(self) -> Iterator[None]:
+        """Networks print and keep in themselves what they compute: one thread at a time, all of PyTorch's within."""
+        with self._lock, contextlib.redirect_stdout(_Muted(sys.stdout)):
+            threads = torch.get_num_threads()
+            torch.set_num_threads(self._threads)
+            try:
+                yield
+            finally:
+                torch.set_num_threads(threads)
+
     def measure(self, estimates: Mapping[str, Picture], H: Picture | None) -> Measured:
-        """All metrics for one image; those over a set come from :meth:`of_set` after its last image.
+        """All metrics for one image; those over a set come from :meth:`of_set` after its last image. Threads may.
 
         Args:
             estimates: label -> RGB (H, W, 3) or gray (H, W), uint8; a gray image is its own luma.
@@ -297,6 +327,8 @@ class Measurer:
 
     def of_set(self) -> dict[str, dict[str, float]]:
         """Label -> metric name -> value over the images measured since the last call."""
+        for rows in self._features.values():
+            rows.sort(key=lambda row: row.tobytes())  # threads may have measured the images in any order
         features = {label: np.stack(rows) for label, rows in self._features.items()}
         self._features.clear()
         truth = features.pop("", None)
@@ -314,7 +346,7 @@ class Measurer:
         if name == "mad":  # pyiqa's is 0 where a side is odd
             inputs = [x[..., : x.shape[-2] // 2 * 2, : x.shape[-1] // 2 * 2] for x in inputs]
         try:
-            with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+            with self._network_alone(), torch.no_grad():
                 return float(self._networks[name](*inputs))
         except (RuntimeError, ValueError, AssertionError, IndexError) as error:
             size = f"{E.shape[1]}x{E.shape[0]}"
@@ -324,7 +356,7 @@ class Measurer:
     def _inception(self, image: Picture) -> NDArray[np.float32]:
         """FID's 2048 features, as in BasicSR: resized bilinearly to 299 x 299, values in [-1, 1]."""
         small = F.interpolate(_as_input(image, 0, self.device), (299, 299), mode="bilinear", align_corners=False)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._network_alone():
             features = self._networks["fid"](small)[0]
         return features.flatten().cpu().numpy()
 

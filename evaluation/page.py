@@ -5,6 +5,7 @@ The page itself is ``report.html`` beside this file: plain HTML, CSS and JavaScr
 
 import base64
 import io
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,17 +54,17 @@ def _thumbnail(image: Picture) -> str:
 
 
 def _overlay(levels: NDArray[np.uint8], colours: NDArray[np.uint8], opacity: NDArray[np.uint8]) -> str:
-    """A picture (H, W) of indices into 256 colours (RGB) and opacities, as a PNG that lies over another picture."""
+    """A picture (H, W) of indices into up to 256 colours (RGB) and opacities, as a PNG to lie over another picture."""
     image = Image.fromarray(levels, "P")
     image.putpalette(colours.tobytes())
-    return _uri(image, "png", transparency=opacity.tobytes(), optimize=True)
+    bits = 1 if len(colours) == 2 else 8
+    # Values at scattered pixels do not repeat but in runs of clear ones: a search for more takes 50 times as long.
+    return _uri(image, "png", transparency=opacity.tobytes(), bits=bits, compress_type=zlib.Z_RLE)
 
 
 def _edges(H: Picture) -> str:
     mask = edge_mask(uint2tensor4(H))[0, 0].numpy().astype(np.uint8)
-    colours, opacity = np.zeros((256, 3), np.uint8), np.zeros(256, np.uint8)
-    colours[1], opacity[1] = _EDGES, 230
-    return _overlay(mask, colours, opacity)
+    return _overlay(mask, np.array([(0, 0, 0), _EDGES], np.uint8), np.array([0, 230], np.uint8))
 
 
 def _differences(maps: Mapping[str, NDArray[np.float32]]) -> tuple[dict[str, str], float]:
@@ -84,11 +85,38 @@ def _differences(maps: Mapping[str, NDArray[np.float32]]) -> tuple[dict[str, str
     return overlays, top
 
 
+def gallery_item(set_name: str, name: str, pictures: Mapping[str, Picture], measured: Measured) -> dict[str, Any]:
+    """One image for the page, encoded: set, name, size, thumbnail, pictures by label, overlays.
+
+    Args:
+        set_name, name: as in the rows of ``results.json``.
+        pictures: label -> (H, W, 3) RGB or (H, W) gray, uint8; where there is a ground truth it is the last one,
+            under "ground truth".
+        measured: its SSG maps.
+    """
+    truth = pictures.get("ground truth")
+    encoded = {label: _picture(image) for label, image in pictures.items()}
+    differences, top = _differences(measured.ssg) if measured.ssg else ({}, 0.0)
+    last = list(pictures.values())[-1]
+    return {
+        "set": set_name,
+        "name": name,
+        "width": last.shape[1],
+        "height": last.shape[0],
+        "thumbnail": _thumbnail(last),
+        "pictures": {label: uri for label, (uri, _) in encoded.items()},
+        "lossless": all(lossless for _, lossless in encoded.values()),
+        "edges": _edges(truth) if truth is not None and min(truth.shape[:2]) > 1 else None,
+        "ssg": differences,
+        "ssg_top": top,
+    }
+
+
 class Gallery:
-    """The images of a report, encoded as they come, until the page would get too large.
+    """The images of a report, until the page would get too large.
 
     Attributes:
-        items: for the page: set, name, size, thumbnail, pictures by label, overlays.
+        items: of :func:`gallery_item`.
         left_out: how many images did not fit.
     """
 
@@ -97,32 +125,9 @@ class Gallery:
         self.left_out = 0
         self._bytes = 0
 
-    def add(self, set_name: str, name: str, pictures: Mapping[str, Picture], measured: Measured) -> None:
-        """One image.
-
-        Args:
-            set_name, name: as in the rows of ``results.json``.
-            pictures: label -> (H, W, 3) RGB or (H, W) gray, uint8; where there is a ground truth it is the last one,
-                under "ground truth".
-            measured: its SSG maps.
-        """
-        truth = pictures.get("ground truth")
-        encoded = {label: _picture(image) for label, image in pictures.items()}
-        differences, top = _differences(measured.ssg) if measured.ssg else ({}, 0.0)
-        last = list(pictures.values())[-1]
-        item = {
-            "set": set_name,
-            "name": name,
-            "width": last.shape[1],
-            "height": last.shape[0],
-            "thumbnail": _thumbnail(last),
-            "pictures": {label: uri for label, (uri, _) in encoded.items()},
-            "lossless": all(lossless for _, lossless in encoded.values()),
-            "edges": _edges(truth) if truth is not None and min(truth.shape[:2]) > 1 else None,
-            "ssg": differences,
-            "ssg_top": top,
-        }
-        size = sum(len(uri) for uri in [*item["pictures"].values(), *differences.values(), item["edges"] or ""])
+    def add(self, item: dict[str, Any]) -> None:
+        """One image."""
+        size = sum(len(uri) for uri in [*item["pictures"].values(), *item["ssg"].values(), item["edges"] or ""])
         if self.items and self._bytes + size > _PAGE:
             self.left_out += 1
             return

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from evaluation.metrics import Measurer, mean_metrics
-from evaluation.page import Gallery, write_html
+from evaluation.page import Gallery, gallery_item, write_html
 from utils.utils_error import printable
 from utils.utils_image import imsave
 from utils.utils_metric_table import METRICS
@@ -302,6 +302,17 @@ def side_by_side(
 _PICTURE_ROWS = 6
 
 
+@dataclass(frozen=True)
+class Entry:
+    """What a report takes up of one image."""
+
+    set_name: str
+    name: str
+    values: dict[str, dict[str, float]]  # label -> metric name -> value
+    item: dict[str, Any] | None  # for the page
+    pictures: dict[str, Picture] | None  # for the picture
+
+
 class Report:
     """Measures the images of a test as they come, and writes every file about them.
 
@@ -327,7 +338,7 @@ class Report:
         in_sheet = with_truth and index in self._in_sheet[set_name]
         return bool(self.measurer.names_for(with_truth)) or in_sheet or index in self._in_page[set_name]
 
-    def add(
+    def examine(
         self,
         set_name: str,
         index: int,
@@ -335,32 +346,36 @@ class Report:
         estimates: Mapping[str, Picture],
         H: Picture | None,
         broken: Collection[str] = (),
-    ) -> dict[str, dict[str, float]]:
-        """One image, the ``index``-th of its set; sets come one after the other, each ended by :meth:`end_set`.
+    ) -> Entry:
+        """Measure one image, the ``index``-th of its set, and encode it for the page; any thread may.
 
         Args:
             broken: labels whose estimate is no image (NaN): they are shown as they are and get no numbers.
-
-        Returns:
-            label -> metric name -> value.
         """
         measured = self.measurer.measure(estimates, H)
         for label in broken:
             measured.values[label] = dict.fromkeys(measured.values[label], math.nan)
         name = printable(name)
-        if any(measured.values.values()):
-            self._rows += [{"set": set_name, "image": name, "model": k, **v} for k, v in measured.values.items()]
         pictures = dict(estimates) if H is None else {**estimates, "ground truth": H}
-        if self._gallery and index in self._in_page[set_name]:
-            self._gallery.add(set_name, name, pictures, measured)
-        if H is not None and index in self._in_sheet[set_name]:
-            captions = {k: f"{v['psnr']:.2f} dB" for k, v in measured.values.items() if "psnr" in v}
-            self._sheet[f"{set_name}/{name}"] = pictures, captions
-        for label, values in measured.values.items():
+        in_page = self._gallery is not None and index in self._in_page[set_name]
+        in_sheet = H is not None and index in self._in_sheet[set_name]
+        item = gallery_item(set_name, name, pictures, measured) if in_page else None
+        return Entry(set_name, name, measured.values, item, pictures if in_sheet else None)
+
+    def add(self, entry: Entry) -> None:
+        """Take up an image; they come in order, sets one after the other, each ended by :meth:`end_set`."""
+        set_name, name, of_image = entry.set_name, entry.name, entry.values
+        if any(of_image.values()):
+            self._rows += [{"set": set_name, "image": name, "model": k, **v} for k, v in of_image.items()]
+        if self._gallery and entry.item:
+            self._gallery.add(entry.item)
+        if entry.pictures:
+            captions = {k: f"{v['psnr']:.2f} dB" for k, v in of_image.items() if "psnr" in v}
+            self._sheet[f"{set_name}/{name}"] = entry.pictures, captions
+        for label, values in of_image.items():
             self._values.setdefault(label, []).append(values)
             for metric in [metric for metric, value in values.items() if math.isinf(value)]:
                 self._infinite.setdefault(label, {}).setdefault(metric, []).append(name)
-        return measured.values
 
     def end_set(self, name: str, with_truth: bool) -> None:
         """After the last image of a set: its means."""

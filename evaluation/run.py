@@ -1,12 +1,18 @@
-"""Restore the images of test sets by one or several models, measure and report them: what main_test.py does."""
+"""Restore the images of test sets by one or several models, measure and report them: what main_test.py does.
+
+The networks run one image after the other; meanwhile a thread reads the next one, and others save and measure those
+before. Files and tables are the same to the byte as if all came in turn.
+"""
 
 import logging
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,18 +23,20 @@ from data.dataset_base import DatasetBase
 from data.dataset_l import DatasetL
 from data.files import group_files
 from data.select_dataset import define_Dataset
-from evaluation.metrics import Measurer
-from evaluation.report import RESULTS, Report
+from evaluation.metrics import Measurer, Picture
+from evaluation.report import RESULTS, Entry, Report
+from evaluation.threads import Threads
 from models.precision import autocast, faster_layout, in_float32, warn_if_slow
 from models.restorer import Restorer, load_restorer, load_restorer_of, run_folder, set_sampling
 from utils.utils_error import UserError, printable
-from utils.utils_image import ImageExtras, imresize, imsave, tensor2uint
+from utils.utils_image import Array, ImageExtras, imresize, imsave, tensor2uint
 from utils.utils_name import check_output, folded, output_names, output_path, safe_name
 from utils.utils_option import DatasetOptions, Options, TestOptions
 from utils.utils_run import run_facts
 from utils.utils_tile import Tile, check_tile, enough_memory, restore, tile_remedy
 
 logger = logging.getLogger(__name__)
+_MOST_FINISHERS = 4  # threads that save and measure: each holds an image, and what its metrics take
 
 
 @dataclass(frozen=True)
@@ -149,42 +157,96 @@ def _check_models(models: list[Restorer]) -> None:
             raise UserError(f"{model.label!r} cannot be the name of a folder; write another as NAME=PATH")
 
 
+class _Restored(NamedTuple):
+    """What the models have made of an image."""
+
+    name: str
+    size: str
+    E: dict[str, Array]  # label -> uint8 or uint16, as it is saved
+    extras: ImageExtras
+    estimates: dict[str, Picture]  # label -> uint8, as it is measured and shown; none where nobody looks
+    H: Picture | None
+    broken: list[str]  # labels of estimates that were not finite
+
+
+class _Finished(NamedTuple):
+    """What is left of it once it is saved and measured."""
+
+    name: str
+    size: str
+    broken: list[str]
+    entry: Entry
+    lost_profile: bool
+
+
+def _restore(job: Job, data: DatasetOptions, item: dict[str, Any], name: str, report: Report, index: int) -> _Restored:
+    """Restore an image by all models."""
+    scale, extras = data.scale, item["L_extras"]
+    L = item["L"][None].to(job.device)
+    H = tensor2uint(item["H"]) if "H" in item else None
+    shown = report.shows(data.name, index, H is not None)
+    estimates = {"bicubic": tensor2uint(imresize(L, scale))} if shown else {}
+    saved, broken = {}, []
+    for model in job.models:
+        with enough_memory(f"{item['L_path']}: {tile_remedy(job.tile, job.tile_setting)}"):
+            with autocast(job.device, job.precision):
+                E = restore(model.netG, L, scale, job.tile, job.tile_overlap)
+            E = in_float32(E)
+        if not E.isfinite().all():
+            broken.append(model.label)
+            E = E.nan_to_num()
+        saved[model.label] = tensor2uint(E, extras.bits)
+        if shown:
+            estimates[model.label] = tensor2uint(E) if extras.bits > 8 else saved[model.label]
+    size = f"{L.shape[-1]}x{L.shape[-2]} -> {L.shape[-1] * scale}x{L.shape[-2] * scale}"
+    return _Restored(name, size, saved, extras, estimates, H, broken)
+
+
+def _save(job: Job, data: DatasetOptions, restored: _Restored) -> bool:
+    """Write what the models made; whether the image's colour profile is lost."""
+    extras = restored.extras.resized(data.scale).fitting(data.n_channels)
+    for label, E in restored.E.items():
+        path = output_path(job.output, label, data.name, f"{restored.name}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        imsave(E, str(path), extras=extras)
+    return (restored.extras.icc, restored.extras.cicp) != (extras.icc, extras.cicp)
+
+
 def _restore_set(
-    job: Job, data: DatasetOptions, dataset: DatasetBase | DatasetL, names: list[str], report: Report
+    job: Job,
+    data: DatasetOptions,
+    dataset: DatasetBase | DatasetL,
+    names: list[str],
+    report: Report,
+    reader: Threads,
+    finisher: Threads,
 ) -> None:
-    """Restore, save and report the images of a set."""
-    scale, lost_profiles = data.scale, 0
-    bar = tqdm(names, desc=data.name, unit="image", dynamic_ncols=True, disable=not sys.stderr.isatty())
-    for i, name in enumerate(bar):
-        item = dataset[i]
-        L = item["L"][None].to(job.device)
-        extras: ImageExtras = item["L_extras"]
-        saved_extras = extras.resized(scale).fitting(data.n_channels)
-        lost_profiles += (extras.icc, extras.cicp) != (saved_extras.icc, saved_extras.cicp)
-        H = tensor2uint(item["H"]) if "H" in item else None
-        shown = report.shows(data.name, i, H is not None)
-        estimates = {"bicubic": tensor2uint(imresize(L, scale))} if shown else {}
-        broken = []
-        for model in job.models:
-            with enough_memory(f"{item['L_path']}: {tile_remedy(job.tile, job.tile_setting)}"):
-                with autocast(job.device, job.precision):
-                    E = restore(model.netG, L, scale, job.tile, job.tile_overlap)
-                E = in_float32(E)
-            if not E.isfinite().all():
-                logger.warning(
-                    "%s: what %s makes of it is not finite (NaN): no numbers of it", printable(name), model.label
-                )
-                broken.append(model.label)
-                E = E.nan_to_num()
-            path = output_path(job.output, model.label, data.name, f"{name}.png")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            imsave(tensor2uint(E, extras.bits), str(path), extras=saved_extras)
-            estimates |= {model.label: tensor2uint(E)} if shown else {}
-        values = report.add(data.name, i, name, estimates, H, broken if shown else ())
+    """Restore, save and report the images of a set: networks here, reading ahead and what comes after in threads."""
+
+    def finish(index: int, restored: _Restored) -> _Finished:
+        lost_profile = _save(job, data, restored)
+        examined = restored.name, restored.estimates, restored.H, restored.broken
+        entry = report.examine(data.name, index, *examined)
+        return _Finished(restored.name, restored.size, restored.broken, entry, lost_profile)
+
+    def restored_images() -> Iterator[Callable[[], _Finished]]:
+        items = reader.in_order(partial(dataset.__getitem__, i) for i in range(len(names)))
+        for i, (item, name) in enumerate(zip(items, names, strict=True)):
+            yield partial(finish, i, _restore(job, data, item, name, report, i))
+
+    lost_profiles = 0
+    finished = finisher.in_order(restored_images())
+    silent = not sys.stderr.isatty()
+    bar = tqdm(finished, desc=data.name, total=len(names), unit="image", dynamic_ncols=True, disable=silent)
+    for i, image in enumerate(bar, 1):
+        name = printable(image.name)
+        for label in image.broken:
+            logger.warning("%s: what %s makes of it is not finite (NaN): no numbers of it", name, label)
+        report.add(image.entry)
+        lost_profiles += image.lost_profile
         if bar.disable:
-            size = f"{L.shape[-1]}x{L.shape[-2]} -> {L.shape[-1] * scale}x{L.shape[-2] * scale}"
-            psnr = "".join(f", {label} {v['psnr']:.2f} dB" for label, v in values.items() if "psnr" in v)
-            logger.info("%s %d/%d %s: %s%s", data.name, i + 1, len(names), printable(name), size, psnr)
+            psnr = "".join(f", {label} {v['psnr']:.2f} dB" for label, v in image.entry.values.items() if "psnr" in v)
+            logger.info("%s %d/%d %s: %s%s", data.name, i, len(names), name, image.size, psnr)
     report.end_set(data.name, data.dataset_type != "l")
     if lost_profiles:
         logger.warning(
@@ -222,10 +284,16 @@ def test(job: Job) -> None:
     first = job.models[0]
     report = Report(Measurer(job.metrics, first.scale, job.device), counts, job.report_images)
     whole = "" if job.tile else f" or restore in tiles, {job.tile_setting}256,"
+    cores = torch.get_num_threads()
+    finishers = min(cores, _MOST_FINISHERS)
     try:
-        with enough_memory(f"the memory is too small for whole images: choose fewer metrics,{whole} or cut the images"):
+        with (
+            enough_memory(f"the memory is too small for whole images: choose fewer metrics,{whole} or cut the images"),
+            Threads(1) as reader,
+            Threads(finishers, cores // finishers) as finisher,
+        ):
             for data, dataset, names in prepared:
-                _restore_set(job, data, dataset, names, report)
+                _restore_set(job, data, dataset, names, report, reader, finisher)
     except OSError as error:
         raise UserError(f"{job.output}: cannot be written: {error.strerror or error}") from error
     for model in job.models:

@@ -2,17 +2,21 @@
 
 import csv
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
+from evaluation.report import Report
 from main_test import main
 from models.select_network import define_G
 from tests.conftest import REPOSITORY, photograph
@@ -110,7 +114,7 @@ def test_too_little_memory_is_one_line_whose_remedy_fits_the_tiles_of_now(tmp_pa
     }.items():
         with pytest.raises(UserError, match=words):
             main([*command])
-    monkeypatch.setattr("evaluation.report.Report.add", fails)
+    monkeypatch.setattr("evaluation.report.Report.examine", fails)
     monkeypatch.setattr("evaluation.run.restore", restore)
     for command, words in {
         (*model, "--tile", "64"): "fewer metrics, or cut",
@@ -118,6 +122,101 @@ def test_too_little_memory_is_one_line_whose_remedy_fits_the_tiles_of_now(tmp_pa
     }.items():
         with pytest.raises(UserError, match=words):
             main([*command])
+
+
+class InTurn:
+    """Stands in for evaluation.threads.Threads: every call when its result is asked for."""
+
+    def __init__(self, *_arguments):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_error):
+        pass
+
+    def in_order(self, calls):
+        return (call() for call in calls)
+
+
+def test_files_and_tables_are_those_of_a_run_without_threads(tmp_path, monkeypatch, capsys):
+    for name in ("psnr", "gan_ssl"):
+        save_run(tmp_path / name, names=(f"{len(name)}_E",))
+    torch.save({key: value * torch.nan for key, value in network().state_dict().items()}, tmp_path / "nan.pth")
+    # Some take long, some do not: with threads the later ones are finished first.
+    save_images(tmp_path / "Set8", {f"{i}.png": (150, 170) if i % 3 == 0 else (24, 28) for i in range(8)})
+    save_images(tmp_path / "L", {f"{i}.png": (9 + 4 * i, 16) for i in range(5)})
+    models = [str(tmp_path / name) for name in ("psnr", "gan_ssl", "nan.pth")]
+    command = ["--model_path", *models, "--gt", str(tmp_path / "Set8"), "-", "--input", "-", str(tmp_path / "L")]
+    monkeypatch.setattr("evaluation.run.run_facts", lambda device: dict.fromkeys(("torch", "opencv", "numpy"), "1"))
+
+    def outcome(folder: str) -> tuple[dict[str, bytes], list[str]]:
+        main([*command, "--output", str(tmp_path / folder)])
+        files = [path for path in sorted((tmp_path / folder).rglob("*")) if path.is_file()]
+        said = capsys.readouterr().out.replace(str(tmp_path / folder), "").split("\n")
+        said = [line for line in said if not line.startswith("self-similarity")]  # once a process
+        return {path.relative_to(tmp_path / folder).as_posix(): path.read_bytes() for path in files}, said
+
+    monkeypatch.setattr("evaluation.run.torch.get_num_threads", lambda: 3)
+    with_threads = outcome("threads")
+    monkeypatch.setattr("evaluation.run.Threads", InTurn)
+    assert len(with_threads[0]) == 3 * (8 + 5) + 5
+    assert with_threads == outcome("in_turn")
+
+
+def test_the_first_error_in_the_order_of_the_images_ends_the_run(tmp_path, monkeypatch):
+    save_run(tmp_path / "run")
+    save_images(tmp_path / "H", {f"{name}.png": (24, 28) for name in "abcdefgh"})
+    known = Report.examine
+
+    def examine(report, set_name, index, name, *images):
+        if name in "cdf":
+            raise UserError(f"{name} cannot be measured")
+        return known(report, set_name, index, name, *images)
+
+    monkeypatch.setattr(Report, "examine", examine)
+    monkeypatch.setattr("evaluation.run.torch.get_num_threads", lambda: 3)
+    with pytest.raises(UserError, match=r"^c cannot be measured$"):
+        main(["--model_path", str(tmp_path / "run"), "--gt", str(tmp_path / "H"), "--output", str(tmp_path / "out")])
+    restored = {name.removeprefix("run/H/") for name in results(tmp_path / "out")}
+    # Of those behind it only what was in work by then.
+    assert {"a.png", "b.png", "c.png"} <= restored <= {f"{name}.png" for name in "abcdefg"}
+
+
+def test_where_the_network_fails_the_images_before_are_finished(tmp_path, monkeypatch):
+    save_run(tmp_path / "run")
+    save_images(tmp_path / "L", {f"{i}.png": (9, 13) for i in range(6)})
+    calls = []
+
+    def fails(*arguments):
+        calls.append(arguments)
+        if len(calls) == 5:
+            raise MemoryError
+        return restore(*arguments)
+
+    monkeypatch.setattr("evaluation.run.restore", fails)
+    monkeypatch.setattr("evaluation.run.torch.get_num_threads", lambda: 3)
+    with pytest.raises(UserError, match=r"4\.png: the memory is too small"):
+        main(["--model_path", str(tmp_path / "run"), "--input", str(tmp_path / "L"), "--output", str(tmp_path / "out")])
+    assert [*results(tmp_path / "out")] == [f"run/L/{i}.png" for i in range(4)]
+
+
+def test_ctrl_c_ends_the_run_with_one_word(tmp_path):
+    save_run(tmp_path / "run")
+    H = save_images(tmp_path / "H", {f"{i:03}.png": (160, 160) for i in range(200)})
+    command = [sys.executable, str(REPOSITORY / "main_test.py"), "--model_path", str(tmp_path / "run"), "--gt", str(H)]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        try:
+            assert any("H 2/200" in line for line in process.stdout)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, err) == (130, "interrupted\n")
+    assert "200/200" not in out
 
 
 def test_an_image_equal_to_the_truth_is_left_out_of_the_mean_and_counted(tmp_path, capsys):

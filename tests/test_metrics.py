@@ -3,8 +3,10 @@
 import math
 import socket
 import sys
+import threading
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from typing import get_args
 
 import numpy as np
@@ -313,3 +315,40 @@ def test_the_note_says_what_the_columns_are(pyiqa):
     assert "Gray images" in note
     assert f"pyiqa {pyiqa.__version__}: PIQE" in note
     assert "By" not in Measurer(["psnr", "stlpips"], 4, "cpu").describe(3)
+
+
+def test_threads_use_a_network_one_at_a_time_and_only_its_own_words_are_lost(monkeypatch, capsys):
+    busy, most = [], []
+
+    def network(*_images):
+        busy.append(1)
+        most.append(len(busy))
+        print("loading")
+        print_elsewhere = threading.Thread(target=print, args=("said by another thread",))
+        print_elsewhere.start()
+        print_elsewhere.join()
+        busy.pop()
+        return 1.0
+
+    monkeypatch.setattr(metrics, "_load", lambda names, device: ({"musiq": network}, {}))
+    measurer = Measurer(["musiq"], 0, "cpu")
+    E = photograph(20, 30)
+    with ThreadPoolExecutor(4) as pool:
+        assert len([*pool.map(lambda _: measurer.measure({"E": E}, None), range(8))]) == 8
+    assert set(most) == {1}
+    assert capsys.readouterr().out == 8 * "said by another thread\n"
+
+
+def test_fid_is_the_same_to_the_last_bit_in_whichever_order_images_are_measured(monkeypatch):
+    def features(x):
+        return [torch.stack([x.mean((0, 2, 3)), x.amax((0, 2, 3)), x.std((0, 2, 3))])]
+
+    monkeypatch.setattr(metrics, "_load", lambda names, device: ({"fid": features}, {}))
+    measurer = Measurer(["fid"], 0, "cpu")
+    images = [photograph(40, 50, seed=seed) for seed in range(7)]
+    results = set()
+    for order in (range(7), reversed(range(7)), (3, 0, 6, 1, 5, 2, 4)):
+        for i in order:
+            measurer.measure({"E": blurred(images[i])}, images[i])
+        results.add(measurer.of_set()["E"]["fid"])
+    assert len(results) == 1

@@ -10,7 +10,7 @@ import pytest
 
 from evaluation import page as report_page
 from evaluation.metrics import METRICS, Measured, Measurer
-from evaluation.page import Gallery, write_html
+from evaluation.page import Gallery, gallery_item, write_html
 from evaluation.report import Report
 from tests.chromium import BROWSER, Page
 from tests.conftest import photograph
@@ -33,13 +33,17 @@ def folder(tmp_path_factory) -> Path:
     report = Report(Measurer(["default"], 4, "cpu"), {"Set2": 2, "gray": 1, "real": 1}, report_images=4)
     for i, name in enumerate(("one", NASTY)):
         H = photograph(60, 80, seed=i)
-        report.add("Set2", i, name, {"bicubic": blurred(H, 3), "gan": blurred(H, 2), "gan_ssl": blurred(H)}, H)
+        report.add(
+            report.examine("Set2", i, name, {"bicubic": blurred(H, 3), "gan": blurred(H, 2), "gan_ssl": blurred(H)}, H)
+        )
     H = photograph(40, 50, channels=1)[..., 0]
     report.end_set("Set2", True)
-    report.add("gray", 0, "g", {"bicubic": blurred(H, 3), "gan": blurred(H, 2), "gan_ssl": blurred(H)}, H)
+    report.add(
+        report.examine("gray", 0, "g", {"bicubic": blurred(H, 3), "gan": blurred(H, 2), "gan_ssl": blurred(H)}, H)
+    )
     E = photograph(300, 200)
     report.end_set("gray", True)
-    report.add("real", 0, "r", {"bicubic": blurred(E), "gan": E, "gan_ssl": E}, None)
+    report.add(report.examine("real", 0, "r", {"bicubic": blurred(E), "gan": E, "gan_ssl": E}, None))
     report.end_set("real", False)
     content = {"models": {"gan": "gan.pth", "gan_ssl": "ssl.pth"}, "scale": 4}
     report.write(output, FACTS, content, n_channels=3)
@@ -54,7 +58,7 @@ def test_the_page_needs_nothing_from_elsewhere(folder):
 
 
 def item(gallery: Gallery, pictures: dict[str, np.ndarray]) -> dict:
-    gallery.add("set", "name", pictures, Measured({}, {}))
+    gallery.add(gallery_item("set", "name", pictures, Measured({}, {})))
     return gallery.items[-1]
 
 
@@ -79,7 +83,7 @@ def test_a_page_that_would_get_too_large_leaves_images_out(monkeypatch, tmp_path
     monkeypatch.setattr(report_page, "_PAGE", 1)
     gallery = Gallery()
     for seed in range(3):
-        gallery.add("set", str(seed), {"E": photograph(20, 20, seed=seed)}, Measured({}, {}))
+        gallery.add(gallery_item("set", str(seed), {"E": photograph(20, 20, seed=seed)}, Measured({}, {})))
     assert [image["name"] for image in gallery.items] == ["0"]
     assert gallery.left_out == 2
     write_html({}, gallery, ["psnr"], 5, "note", tmp_path / "report.html")

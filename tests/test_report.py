@@ -203,9 +203,11 @@ def test_a_report_of_two_sets_has_the_means_of_each_and_says_what_is_left_out(tm
     H = photograph(40, 44)
     for name, count in (("A", 1), ("B", 2)):
         for index in range(count):
-            report.add(name, index, f"{name}{index}", {"bicubic": blurred(blurred(H)), "gan": blurred(H)}, H)
+            report.add(
+                report.examine(name, index, f"{name}{index}", {"bicubic": blurred(blurred(H)), "gan": blurred(H)}, H)
+            )
         report.end_set(name, True)
-    report.add("real", 0, "r", {"bicubic": H, "gan": blurred(H)}, None)
+    report.add(report.examine("real", 0, "r", {"bicubic": H, "gan": blurred(H)}, None))
     report.end_set("real", False)
     content = {"models": {"gan": "gan.pth"}, "scale": 4}
     report.write(tmp_path, run_facts(), content, n_channels=3)
@@ -223,7 +225,7 @@ def test_a_report_of_two_sets_has_the_means_of_each_and_says_what_is_left_out(tm
 def test_a_report_of_no_images_is_not_written(tmp_path):
     report = Report(Measurer(["psnr"], 0, "cpu"), {"A": 1}, report_images=0)
     H = photograph(20, 20)
-    report.add("A", 0, "a", {"bicubic": blurred(H)}, H)
+    report.add(report.examine("A", 0, "a", {"bicubic": blurred(H)}, H))
     report.end_set("A", True)
     report.write(tmp_path, run_facts(), {"models": {}, "scale": 2}, n_channels=3)
     assert sorted(path.name for path in tmp_path.iterdir()) == [

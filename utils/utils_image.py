@@ -613,7 +613,8 @@ def uint2single(img: Array) -> NDArray[np.float32]:
 
 def single2uint(img: Array, bits: int = 8) -> Array:
     """Float in [0, 1] (clipped) to uint8, or uint16 with ``bits=16``, rounded, same shape."""
-    return (img.clip(0, 1) * _PEAK_OF_BITS[bits]).round().astype(f"uint{bits}")
+    levels = img.clip(0, 1) * _PEAK_OF_BITS[bits]
+    return levels.round(out=levels).astype(f"uint{bits}")
 
 
 _PEAK_OF_BITS = {8: 255.0, 16: 65535.0}
