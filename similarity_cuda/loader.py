@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,8 @@ def _attempt(kind: str) -> Exception | None:
     try:
         if kind == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("PyTorch finds no CUDA GPU")
+        if kind == "cuda":
+            _check_architectures()
         _build_and_load(kind)
     except Exception as error:
         return error
@@ -158,6 +161,24 @@ def _architectures() -> str:
     given = os.environ.get("TORCH_CUDA_ARCH_LIST")
     found = {torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())}
     return given or ";".join(f"{major}.{minor}" for major, minor in sorted(found))
+
+
+def _check_architectures() -> None:
+    """Before minutes of building: does ``TORCH_CUDA_ARCH_LIST`` name the GPU at hand? Words (Hopper) are let pass."""
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    listed = [re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name) for name in given.replace(";", " ").split()]
+    if not listed or not all(listed):
+        return
+    here = torch.cuda.get_device_capability()
+    for match in listed:
+        assert match is not None
+        major, minor, exact, with_ptx = int(match[1]), int(match[2]), match[3] == "a", bool(match[4])
+        if here == (major, minor) or (not exact and (here[0] == major or with_ptx) and here > (major, minor)):
+            return
+    raise RuntimeError(
+        f"TORCH_CUDA_ARCH_LIST {given!r} does not name this GPU, {torch.cuda.get_device_name()}: "
+        f"add {here[0]}.{here[1]} to it, or unset it"
+    )
 
 
 def _build_and_load(kind: str) -> None:
