@@ -35,18 +35,19 @@ struct Geometry {
   SIMILARITY_ANYWHERE int64_t plane() const { return (height + 2 * reach()) * stride(); }
   SIMILARITY_ANYWHERE int64_t depth() const { return c == 3 ? 4 : c; }  // numbers that a pixel has on a GPU
   SIMILARITY_ANYWHERE int64_t clips() const { return zero_border ? 2 * f + 1 : 1; }
+  // The largest offset along an axis whose window lies whole in the search area; also the most of Axis::apart.
+  SIMILARITY_ANYWHERE int apart() const { return int(zero_border ? r - f : r); }
+  // How many rows (columns) of an offset's window lie after the end of the search area; of -offset, before its start.
+  SIMILARITY_ANYWHERE int cut(int offset) const { return offset > apart() ? offset - apart() : 0; }
   // Of an offset along one axis. 0: the whole window; 1 .. f: so many rows (columns) cut at the start; f + 1 .. 2f: so
   // many, less f, cut at the end.
   SIMILARITY_ANYWHERE int clip(int offset) const {
-    if (!zero_border) return 0;
-    const int most = int(r - f);
-    return offset < -most ? -most - offset : offset > most ? int(f) - most + offset : 0;
+    return offset < 0 ? cut(-offset) : cut(offset) ? int(f) + cut(offset) : 0;
   }
   SIMILARITY_ANYWHERE Range range(int clip) const {
     const int side = int(w), half = int(f);
     return {clip <= half ? clip : 0, clip <= half ? side : side - (clip - half)};
   }
-  SIMILARITY_ANYWHERE int64_t apart() const { return zero_border ? r - f : r; }  // the most of Axis::apart
 };
 
 // Along one axis: where the box sums that a pair of offsets needs begin, relative to the first pixel of a tile, how
@@ -56,10 +57,10 @@ struct Axis {
   int start, count, apart;
 
   SIMILARITY_ANYWHERE Axis(const Geometry& g, int offset)
-      : of_plus(g.range(g.clip(offset)).first - int(g.f)),
-        of_minus(g.range(g.clip(-offset)).first - int(g.f) - offset),
+      : of_plus(g.cut(-offset) - int(g.f)),
+        of_minus(g.cut(offset) - int(g.f) - offset),
         start(of_plus < of_minus ? of_plus : of_minus),
-        count(g.range(g.clip(offset)).size()),
+        count(int(g.w) - g.cut(offset) - g.cut(-offset)),
         apart(of_plus + of_minus - 2 * start) {}
   SIMILARITY_ANYWHERE int plus() const { return of_plus - start; }
   SIMILARITY_ANYWHERE int minus() const { return of_minus - start; }

@@ -15,18 +15,31 @@ constexpr int64_t kSharedMemory = 48 * 1024;  // what every GPU gives a block wi
 
 int64_t over(int64_t size, int64_t by) { return (size + by - 1) / by; }
 
-// The largest tiles, of equal size, whose blocks find the shared memory and the threads that they need; of one pixel
-// where none do (Launch::fits).
+// What the GPU gives a block that asks for it.
+int64_t shared_memory_on_request() {
+  int device = 0, bytes = int(kSharedMemory);
+  if (cudaGetDevice(&device) == cudaSuccess)
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
+}
+
+// The largest tiles, of equal size, whose blocks find the shared memory and the threads that they need: fits(tiling,
+// bytes). Of one pixel where none do (Launch::fits). More shared memory than usual is asked for only where it must be,
+// because fewer blocks run at a time then.
 template <typename F>
 Tiling tiling(int64_t height, int64_t width, int64_t rows, const F& fits) {
-  Tiling t{height, width, height < rows ? height : rows, over(width, over(width, kColumns))};
-  while (!fits(t) && (t.height > 1 || t.width > 1)) {
-    if (t.width > 32 || t.height == 1)
-      t.width = over(t.width, 2);
-    else
-      t.height = over(t.height, 2);
-  }
-  return t;
+  const auto largest = [&](int64_t bytes) {
+    Tiling t{height, width, height < rows ? height : rows, over(width, over(width, kColumns))};
+    while (!fits(t, bytes) && (t.height > 1 || t.width > 1)) {
+      if (t.width > 32 || t.height == 1)
+        t.width = over(t.width, 2);
+      else
+        t.height = over(t.height, 2);
+    }
+    return t;
+  };
+  const Tiling t = largest(kSharedMemory);
+  return fits(t, kSharedMemory) ? t : largest(shared_memory_on_request());
 }
 
 int64_t whole_warps(int64_t threads) { return over(threads, 32) * 32; }
@@ -35,26 +48,33 @@ int64_t distance_threads(const Geometry& g, const Tiling& t) { return whole_warp
 int64_t gradient_threads(const Geometry& g, const Tiling& t) { return whole_warps(kParts * columns(g, t)); }
 
 template <typename T>
-bool distances_fit(const Geometry& g, const Tiling& t) {
-  return Layout<T>::distances(g, t).bytes() <= kSharedMemory && distance_threads(g, t) <= kMostThreads;
+bool distances_fit(const Geometry& g, const Tiling& t, int64_t bytes) {
+  return Layout<T>::distances(g, t).bytes() <= bytes && distance_threads(g, t) <= kMostThreads;
 }
 
 template <typename T>
-bool gradients_fit(const Geometry& g, const Tiling& t) {
+bool gradients_fit(const Geometry& g, const Tiling& t, int64_t bytes) {
   const int64_t threads = gradient_threads(g, t), around = 2 * g.reach();
-  return Layout<T>::gradients(g, t, threads).bytes() <= kSharedMemory && threads <= kMostThreads &&
+  return Layout<T>::gradients(g, t, threads).bytes() <= bytes && threads <= kMostThreads &&
          t.height + around <= kListedSide && t.width + around <= kListedSide;
 }
 
 template <typename T>
 Tiling distance_tiling(const Geometry& g) {
-  return tiling(g.height, g.width, kDistanceRows, [&](const Tiling& t) { return distances_fit<T>(g, t); });
+  const auto fits = [&](const Tiling& t, int64_t bytes) { return distances_fit<T>(g, t, bytes); };
+  return tiling(g.height, g.width, kDistanceRows, fits);
 }
 
 template <typename T>
 Tiling gradient_tiling(const Geometry& g) {
-  return tiling(g.height + 2 * g.reach(), g.stride(), kGradientRows,
-                [&](const Tiling& t) { return gradients_fit<T>(g, t); });
+  const auto fits = [&](const Tiling& t, int64_t bytes) { return gradients_fit<T>(g, t, bytes); };
+  return tiling(g.height + 2 * g.reach(), g.stride(), kGradientRows, fits);
+}
+
+// Ask for so much shared memory; that it cannot be had, the launch reports.
+template <typename Kernel>
+void request(Kernel kernel, int64_t bytes) {
+  if (bytes > kSharedMemory) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
 }
 
 template <typename T>
@@ -66,7 +86,8 @@ Map map_of(const Launch<T>& launch, Chunk chunk) {
 
 template <typename T>
 bool Launch<T>::fits(const Geometry& g) {
-  return distances_fit<T>(g, distance_tiling<T>(g)) && gradients_fit<T>(g, gradient_tiling<T>(g));
+  const int64_t bytes = shared_memory_on_request();
+  return distances_fit<T>(g, distance_tiling<T>(g), bytes) && gradients_fit<T>(g, gradient_tiling<T>(g), bytes);
 }
 
 template <typename T>
@@ -80,8 +101,10 @@ void Launch<T>::distance_sums(const T* padded, Chunk chunk, T* sums) const {
   const auto kernel = g.c == 3   ? similarity::distance_sums<T, 3>
                       : g.c == 1 ? similarity::distance_sums<T, 1>
                                  : similarity::distance_sums<T, 0>;
-  kernel<<<dim3(chunk.images * t.of_image(), g.r + 1), distance_threads(g, t), Layout<T>::distances(g, t).bytes(),
-           stream>>>(padded, map_of(*this, chunk), g, t, sums);
+  const int64_t bytes = Layout<T>::distances(g, t).bytes();
+  request(kernel, bytes);
+  kernel<<<dim3(chunk.images * t.of_image(), g.r + 1), distance_threads(g, t), bytes, stream>>>(
+      padded, map_of(*this, chunk), g, t, sums);
 }
 
 template <typename T>
@@ -119,6 +142,7 @@ void Launch<T>::gradient(const T* padded, const T* grads, Chunk chunk, T* total)
   const Tiling t = gradient_tiling<T>(g);
   const auto kernel = g.c == 3 ? similarity::gradient<T, 3> : similarity::gradient<T, 1>;
   const int64_t threads = gradient_threads(g, t), bytes = Layout<T>::gradients(g, t, threads).bytes();
+  request(kernel, bytes);
   kernel<<<dim3(chunk.images * t.of_image(), groups(chunk), g.c == 3 ? 1 : g.c), threads, bytes, stream>>>(
       padded, grads, map_of(*this, chunk), g, t, total);
 }

@@ -155,13 +155,14 @@ struct Layout {
     const int64_t columns = t.width + g.apart() + g.w - 1, rows = t.height + g.r, pitch = pitch_of(columns);
     return {columns,
             rows,
-            rows * pitch,
+            whole(rows * pitch),
             in_registers(g) ? 0 : g.w * threads,
             (t.height + 2 * g.reach()) * (t.width + 2 * g.reach()),
             2,
-            (t.height + g.apart() + g.w - 1) * pitch};
+            whole((t.height + g.apart() + g.w - 1) * pitch)};
   }
   SIMILARITY_ANYWHERE static int64_t pitch_of(int64_t columns) { return columns | 1; }  // rows begin in other banks
+  SIMILARITY_ANYWHERE static int64_t whole(int64_t numbers) { return (numbers + 3) / 4 * 4; }  // of 16 bytes each
   // Whether with_constant knows all numbers of terms that occur.
   SIMILARITY_ANYWHERE static bool in_registers(const Geometry& g) {
     return sizeof(T) == 4 && g.w <= kMostTerms && (g.zero_border ? g.w - g.f : g.w) >= kLeastTerms;
@@ -483,7 +484,10 @@ __global__ void __launch_bounds__(kMostThreads, 3)
                                 tile.width + 2 * reach, list);
   if (!count) return;
   const auto clear = [&] {
-    for (int i = thread; i < int(layout.sparse); i += blockDim.x) sparse[i] = 0;
+    uint4* const all = reinterpret_cast<uint4*>(sparse);
+    const int size = int(layout.sparse) / int(sizeof(uint4) / sizeof(T));
+#pragma unroll 1
+    for (int i = thread; i < size; i += blockDim.x) all[i] = make_uint4(0, 0, 0, 0);
   };
   clear();
   __syncthreads();
@@ -503,12 +507,15 @@ __global__ void __launch_bounds__(kMostThreads, 3)
   for (int dy = blockIdx.y; dy <= r; dy += gridDim.y) {
     const Axis down(g, dy);
     const int n = down.count, rows = tile.height + dy, half = (rows + kParts - 1) / kParts;
+    const int first_row = thread % rows, first_segment = thread / rows;  // of the sums along the rows
+    const int more_rows = int(blockDim.x) % rows, more_segments = int(blockDim.x) / rows;
     for (int dx = dy ? -r : 1; dx <= r; ++dx) {
       const Axis across(g, dx);
       const int d = (dy + r) * k + dx + r, m = across.count, right = dx > 0 ? dx : 0,
                 wide = tile.width + (dx > 0 ? dx : -dx);
       // Each gradient to the first sum of which it is a term, first those of d, then those of -d. The sums begin with
       // one that covers the tile's first pixel, shifted by -d.
+#pragma unroll 1
       for (int minus = 0; minus < 2; ++minus) {
         const T* const from = grads + int64_t(minus ? k * k - 1 - d : d) * pixels;
         const int to_y = (minus ? down.of_minus : down.of_plus) - reach + dy + n - 1;
@@ -534,13 +541,15 @@ __global__ void __launch_bounds__(kMostThreads, 3)
       __syncthreads();
       clear();  // for the next offset
       const int segments = (wide + kSegment - 1) / kSegment;
-      for (int i = thread; i < rows * segments; i += blockDim.x) {
-        const int y = i % rows, first = i / rows * kSegment;
+      for (int y = first_row, segment = first_segment; segment < segments;) {
+        const int first = segment * kSegment;
         const auto read = [&](int t) { return fields[y * pitch + first + t]; };
         const auto emit = [&](int t, T sum) { spread[y * pitch + first + t] = sum; };
         with_constant<T>(m, [&](auto constant) {
           sums_in_order<decltype(constant)::value>(m, min(kSegment, wide - first), block, int(blockDim.x), read, emit);
         });
+        y += more_rows, segment += more_segments;
+        if (y >= rows) y -= rows, ++segment;
       }
       __syncthreads();
       const int shift = dy * line + dx * depth;

@@ -324,7 +324,7 @@ def test_kernels_stay_within_their_memory(border, dtype):
 @pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch without CUDA")
 def test_the_op_compiles_for_every_supported_architecture_and_links_with_pytorch():
     script = (
-        "import similarity_cuda, torch; from similarity_cuda import loader; torch.ops.load_library(loader.build('cuda'))\n"
+        "import torch; from similarity_cuda import loader; torch.ops.load_library(loader.build('cuda'))\n"
         "print(torch._C._dispatch_has_kernel_for_dispatch_key('similarity::loss', 'CUDA'))"
     )
     environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": "7.5;8.0;8.6;8.9;9.0"}
