@@ -180,7 +180,7 @@ def _check_architectures() -> None:
     """Before minutes of building: does ``TORCH_CUDA_ARCH_LIST`` name the GPU at hand? Words (Hopper) are let pass."""
     given = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     listed = [re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name) for name in given.replace(";", " ").split()]
-    if not listed or not all(listed):
+    if not listed or not all(listed) or not torch.cuda.is_available():  # without a GPU: built for another machine
         return
     here = torch.cuda.get_device_capability()
     for match in listed:

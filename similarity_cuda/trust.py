@@ -39,7 +39,7 @@ def device(kind: str) -> str:
     """What a proof holds for, besides the library: the current GPU's model, its driver and runtime."""
     if kind == "cpp":
         return "the CPU"  # the library's name has its model
-    driver = str(torch._C._cuda_getDriverVersion())
+    driver = str(getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")())
     with contextlib.suppress(OSError):
         driver = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
     return f"{torch.cuda.get_device_name()} (driver {driver}, CUDA {torch.version.cuda})"
