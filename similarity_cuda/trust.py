@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-NOT_NOW = 75  # exit status of a proof that could not be made, as sysexits.h has it
 _SECONDS = 300  # for a proof of a second or two: PyTorch may be on a slow disk, the GPU busy
+_CRASHES = ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGILL", "SIGFPE", "SIGTRAP")
 _logger = logging.getLogger(__name__)
 
 
@@ -32,14 +32,14 @@ class Mark:
 
 
 class UnprovenError(RuntimeError):
-    """A proof could not be made now: nothing is known of the kernels."""
+    """A proof could not be made, for want of memory, say: nothing is known of the kernels or remembered."""
 
 
 def device(kind: str) -> str:
     """What a proof holds for, besides the library: the current GPU's model, its driver and runtime."""
     if kind == "cpp":
         return "the CPU"  # the library's name has its model
-    driver = str(getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")())
+    driver = str(getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")())  # the CUDA that it knows
     with contextlib.suppress(OSError):
         driver = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
     return f"{torch.cuda.get_device_name()} (driver {driver}, CUDA {torch.version.cuda})"
@@ -69,23 +69,30 @@ def forget(kind: str, library: Path) -> None:
 
 
 def prove(kind: str, library: Path) -> Mark:
-    """Prove a library and leave the mark. The caller holds the library's lock.
+    """Prove a library and leave the mark, if the folder can be written. The caller holds the library's lock.
 
     Raises:
-        UnprovenError: the proof ended for want of something, which says nothing of the library.
+        UnprovenError: see there.
     """
     _logger.info("checking the self-similarity op on %s, once", device(kind))
     wrong, errors = _verdict(kind, library)
     mark = Mark(_stamp(library), device(kind), wrong, errors)
-    path = _path(kind, library)
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(json.dumps(asdict(mark)), encoding="utf-8")
-    os.replace(unfinished, path)
+    if can_keep(library):
+        path = _path(kind, library)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps(asdict(mark)), encoding="utf-8")
+        os.replace(unfinished, path)
     return mark
 
 
+def can_keep(library: Path) -> bool:
+    """Whether a mark can be left; a library in a folder of others is proved at each start."""
+    return os.access(library.parent, os.W_OK)
+
+
 def _command(kind: str, library: Path) -> list[str]:
-    return [sys.executable, "-m", "similarity_cuda.proof", kind, str(library.resolve())]
+    number = str(torch.cuda.current_device()) if kind == "cuda" else "0"
+    return [sys.executable, "-m", "similarity_cuda.proof", kind, str(library.resolve()), number]
 
 
 def _verdict(kind: str, library: Path) -> tuple[str, list[float]]:
@@ -97,13 +104,19 @@ def _verdict(kind: str, library: Path) -> tuple[str, list[float]]:
         )
     except subprocess.TimeoutExpired:
         return f"they did not end within {_SECONDS:g} seconds", []
+    said = next(reversed(done.stderr.strip().splitlines()), "it said nothing")
     if done.returncode == 0:
         with contextlib.suppress(IndexError, ValueError, KeyError, TypeError):
             verdict = json.loads(done.stdout.splitlines()[-1])
             return str(verdict["wrong"]), [float(error) for error in verdict["errors"]]
-    said = next(reversed(done.stderr.strip().splitlines()), "it said nothing")
-    if done.returncode == NOT_NOW:
-        raise UnprovenError(f"the kernels could not be proved now: {said}")
-    if done.returncode < 0:
-        return f"they crash with {signal.Signals(-done.returncode).name}", []
-    return f"their process ended with status {done.returncode}: {said}", []
+        return f"their process ended without a verdict: {said}", []
+    how = _ending(done.returncode)
+    if how in _CRASHES or done.returncode > 255:  # so Windows numbers crashes
+        return f"they crash with {how}", []
+    raise UnprovenError(f"the kernels could not be proved now, {how}: {said}")
+
+
+def _ending(status: int) -> str:
+    with contextlib.suppress(ValueError):
+        return signal.Signals(-status).name
+    return f"status {status}"

@@ -67,7 +67,9 @@ def test_report_proves_again_and_says_what_is_wrong(monkeypatch, capsys, tmp_pat
     monkeypatch.setattr(proof, "DEVICES", {"cpp": "cpu"})
     monkeypatch.setattr(report, "_milliseconds", lambda device: 0.0)
     trust.prove("cpp", library)  # a good mark, from before
-    monkeypatch.setattr(trust, "_command", lambda kind, library: [sys.executable, "-c", program, kind, str(library)])
+    monkeypatch.setattr(
+        trust, "_command", lambda kind, library: [sys.executable, "-c", program, kind, str(library), "0"]
+    )
     assert report.main([]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("cpp   WRONG: the built kernels fail their proof on the CPU: ")

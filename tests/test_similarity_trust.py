@@ -28,8 +28,9 @@ CRASHES = "import os; os.abort()"
 ILLEGAL = "import ctypes; ctypes.string_at(0)"
 HANGS = "import time; time.sleep(60)"
 SILENT = "import sys; sys.exit(0)"
-RAISES = "raise OSError('undefined symbol: similarity')"
-FULL = f"import sys; print('CUDA out of memory', file=sys.stderr); sys.exit({trust.NOT_NOW})"
+FULL = "import sys; sys.exit('CUDA out of memory')"
+KILLED = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+REAL = "import sys; from similarity_cuda import proof; proof.main(*sys.argv[1:])"
 # The real proof of the real library, but for one number.
 WRONG = """
 import sys, torch, types
@@ -64,7 +65,7 @@ def proofs(monkeypatch) -> Callable[[str], list[str]]:
 
         def command(kind: str, library: Path) -> list[str]:
             ran.append(kind)
-            return [sys.executable, "-c", program, kind, str(library)]
+            return [sys.executable, "-c", program, kind, str(library), "0"]
 
         monkeypatch.setattr(trust, "_command", command)
         return ran
@@ -93,8 +94,8 @@ def test_a_library_is_proved_once_and_its_mark_is_read_after(monkeypatch, librar
         (CRASHES, "they crash with SIGABRT"),
         (ILLEGAL, "they crash with SIGSEGV"),
         (HANGS, "they did not end within 0.5 seconds"),
-        (SILENT, "their process ended with status 0: it said nothing"),
-        (RAISES, "their process ended with status 1: OSError: undefined symbol: similarity"),
+        (SILENT, "their process ended without a verdict: it said nothing"),
+        (REAL, "Could not load this library: "),  # a file of seven letters
     ],
     ids=["crashes", "illegal address", "hangs", "says nothing", "cannot be loaded"],
 )
@@ -103,9 +104,6 @@ def test_a_library_that_fails_its_proof_is_not_loaded_and_that_is_remembered(
 ):
     monkeypatch.setattr(trust, "_SECONDS", 0.5 if program == HANGS else 300)
     ran = proofs(program)
-    said = (
-        f"the built kernels fail their proof on the CPU: {said}; please report what `python -m similarity_cuda` prints"
-    )
     for _ in range(2):
         starts_again(monkeypatch)
         monkeypatch.setattr(utils_ssl, "_said", set())
@@ -114,7 +112,9 @@ def test_a_library_that_fails_its_proof_is_not_loaded_and_that_is_remembered(
         for _ in range(2):
             assert loss.prepare("cpu") == "boxsum"
         (record,) = (r for r in caplog.records if r.levelno >= logging.WARNING)
-        assert f"ssl_mode auto takes boxsum (not cpp: {said}" in record.message
+        assert "ssl_mode auto takes boxsum (not cpp: the built kernels fail their proof on the CPU: " in record.message
+        assert said in record.message
+        assert "; please report what `python -m similarity_cuda` prints" in record.message
         with pytest.raises(ValueError, match="ssl_mode 'cpp' cannot be had here") as caught:
             utils_ssl.SelfSimilarityLoss(1, 1, ssl_mode="cpp").prepare("cpu")
         assert said in str(caught.value)
@@ -122,14 +122,29 @@ def test_a_library_that_fails_its_proof_is_not_loaded_and_that_is_remembered(
     assert ran == ["cpp"]
 
 
-def test_a_full_device_proves_nothing(monkeypatch, library, proofs):
-    proofs(FULL)
-    with pytest.raises(UnavailableError, match="the kernels could not be proved now: CUDA out of memory") as caught:
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [(FULL, "status 1: CUDA out of memory"), (KILLED, "SIGKILL"), ("import no_such", "status 1: ModuleNotFoundError")],
+    ids=["full", "killed", "no PyTorch there"],
+)
+def test_a_proof_that_could_not_be_made_is_not_remembered(monkeypatch, library, proofs, program, said):
+    proofs(program)
+    with pytest.raises(UnavailableError, match=f"the kernels could not be proved now, {said}") as caught:
         loader.load("cpp")
     assert not isinstance(caught.value, WrongError)
     starts_again(monkeypatch)
     proofs(RIGHT)
     loader.load("cpp")
+
+
+def test_a_library_in_a_folder_of_others_is_proved_at_each_start(monkeypatch, library, proofs):
+    monkeypatch.setattr(trust, "can_keep", lambda library: False)
+    ran = proofs(RIGHT)
+    for _ in range(2):
+        starts_again(monkeypatch)
+        loader.load("cpp")
+    assert ran == ["cpp"] * 2
+    assert list(library.parent.iterdir()) == [library]
 
 
 @pytest.mark.parametrize("change", ["library", "driver", "damage", "forget"])
@@ -249,7 +264,8 @@ def test_the_proof_has_every_kind_of_input():
     assert {case.dtype for case in cases} == {torch.float32, torch.float64}
     assert {case.layout for case in cases} == set(proof.LAYOUTS)
     assert {case.shape[1] for case in cases} >= {1, 2, 3}
-    assert {case.masked for case in cases} >= {0.0, 1.0}
+    assert {1.0} <= {case.masked for case in cases}
+    assert any(case.empty for case in cases)
     assert {(case.search, case.window) for case in cases if case.zero} & {
         (case.search, case.window) for case in cases if not case.zero
     } >= {(25, 9)}
