@@ -338,8 +338,8 @@ __global__ void outside_energies(const T* __restrict__ padded, Places places, Ch
 
 // A distance in full (not normalised): the sum, and what lies outside of the search area.
 template <typename T>
-__device__ __forceinline__ T distance(const T* sums, const T* energies, int64_t pitch, int d, int clip, int64_t p) {
-  return sums[d * pitch + p] + (clip ? energies[clip * pitch + p] : T(0));
+__device__ __forceinline__ T distance(const T* sums, const T* energies, int64_t place, int64_t of_clip) {
+  return sums[place] + (of_clip >= 0 ? energies[of_clip] : T(0));
 }
 
 // distances (M, k, k) of the chunk's pixels, scaled. Thread: a pixel and a vertical offset.
@@ -350,18 +350,23 @@ __global__ void finish(const T* __restrict__ sums, const T* __restrict__ energie
   if (p >= chunk.count) return;
   const int i = blockIdx.y, k = int(g.k), r = int(g.r), clips = int(g.clips()), down = g.clip(i - r) * clips;
   T* const to = distances + (chunk.first + p) * g.k * g.k;
-  for (int j = 0, d = i * k; j < k; ++j, ++d)
-    to[d] = scale * distance(sums, energies, chunk.count, d, down + g.clip(j - r), p);
+  for (int j = 0, d = i * k; j < k; ++j, ++d) {
+    const int clip = down + g.clip(j - r);
+    to[d] = scale * distance(sums, energies, d * chunk.count + p, clip ? clip * chunk.count + p : -1);
+  }
 }
 
-// Every kWarps-th offset, from the warp's own on.
+// Every kWarps-th offset d = i k + j, from the warp's own on.
 struct Offset {
-  int d, i, j;  // d = i k + j
+  int i, j;
+  int64_t place;  // of pixel p: d * pitch + p
 
-  __device__ __forceinline__ explicit Offset(int k) : d(threadIdx.y), i(d / k), j(d % k) {}
-  __device__ __forceinline__ void next(int k) {
-    d += kWarps;
-    for (j += kWarps; j >= k; j -= k) ++i;
+  __device__ __forceinline__ Offset(int k, int64_t pitch, int64_t p)
+      : i(threadIdx.y / k), j(threadIdx.y % k), place(threadIdx.y * pitch + p) {}
+  // more_i = kWarps / k, more_j = kWarps % k, more = kWarps * pitch
+  __device__ __forceinline__ void next(int k, int more_i, int more_j, int64_t more) {
+    i += more_i, j += more_j, place += more;
+    if (j >= k) j -= k, ++i;
   }
 };
 
@@ -386,14 +391,17 @@ __global__ void __launch_bounds__(kLanes* kWarps)
   __shared__ T shared[kWarps][kLanes];
   const int64_t p = int64_t(blockIdx.x) * kLanes + threadIdx.x, pitch = chunk.count;
   const bool here = p < chunk.count;
-  const int k = int(g.k), r = int(g.r), kk = here ? k * k : 0, clips = int(g.clips());
+  const int k = int(g.k), r = int(g.r), rows = here ? k : 0, clips = int(g.clips());
+  const int more_i = kWarps / k, more_j = kWarps % k;
+  const int64_t more = kWarps * pitch;
   const auto exponents = [&](const Offset& at, T& x, T& t) {
     const int clip = g.clip(at.i - r) * clips + g.clip(at.j - r);
-    x = terms.scale * distance(sums_x, energies_x, pitch, at.d, clip, p);
-    t = terms.scale * distance(sums_t, energies_t, pitch, at.d, clip, p);
+    const int64_t of_clip = clip ? clip * pitch + p : -1;
+    x = terms.scale * distance(sums_x, energies_x, at.place, of_clip);
+    t = terms.scale * distance(sums_t, energies_t, at.place, of_clip);
   };
   T sum_x = 0, sum_t = 0;
-  for (Offset at(k); at.d < kk; at.next(k)) {
+  for (Offset at(k, pitch, p); at.i < rows; at.next(k, more_i, more_j, more)) {
     T x, t;
     exponents(at, x, t);
     sum_x += exp(x), sum_t += exp(t);
@@ -409,7 +417,7 @@ __global__ void __launch_bounds__(kLanes* kWarps)
     return terms.l1_flow * signed_x - (x < eps ? T(0) : terms.kl_flow * (t > eps ? t : eps));
   };
   T l1 = 0, kl = 0, mean = 0;
-  for (Offset at(k); at.d < kk; at.next(k)) {
+  for (Offset at(k, pitch, p); at.i < rows; at.next(k, more_i, more_j, more)) {
     T exponent_x, exponent_t, x, t;
     exponents(at, exponent_x, exponent_t);
     mean += flow_of(exponent_x, exponent_t, x, t);
@@ -431,11 +439,11 @@ __global__ void __launch_bounds__(kLanes* kWarps)
     }
     if (threadIdx.x == 0) totals[2 * blockIdx.x] = total_l1, totals[2 * blockIdx.x + 1] = total_kl;
   }
-  for (Offset at(k); at.d < kk; at.next(k)) {
+  for (Offset at(k, pitch, p); at.i < rows; at.next(k, more_i, more_j, more)) {
     T exponent_x, exponent_t, x, t;
     exponents(at, exponent_x, exponent_t);
     const T flow = flow_of(exponent_x, exponent_t, x, t);
-    sums_x[at.d * pitch + p] = flow - mean * x;
+    sums_x[at.place] = flow - mean * x;
   }
 }
 
