@@ -1,6 +1,6 @@
 """The self-similarity op: kernels that are built on first use, never on import.
 
-``load("cpp")`` builds (once for each machine, PyTorch and source) and loads the C++ kernels; then the operators
+``load("cpp")`` builds (once for each machine, PyTorch and source), proves and loads the C++ kernels; then the operators
 ``torch.ops.similarity.distances`` and ``torch.ops.similarity.loss`` work on CPU tensors, under autograd and
 ``torch.compile``; ``load("cuda")`` makes them work on CUDA tensors. ``utils/utils_ssl.py`` calls them; both can be
 copied into another trainer together. ``python -m similarity_cuda`` checks and times what this machine can have.
@@ -13,18 +13,18 @@ copied into another trainer together. ``python -m similarity_cuda`` checks and t
         -> the loss, its L1 and KL terms without their weights, and the gradient of the loss with respect to sr (empty
         unless asked for). The loss is differentiable in sr.
 
-Both are deterministic, run to run and for any number of threads. On a GPU the host waits for it once in a call of
-``loss``, to learn how many pixels are masked: that is the size of what follows. Arguments may have any layout in
-memory, results are contiguous. They raise RuntimeError (ValueError for a mask that is not of {0, 1}, a sigma that is
-not positive, negative weights) with the offending value.
+Both are deterministic, run to run and for any number of threads. On a GPU the host waits for it once in a call, to
+learn how many pixels each image has: that is the size of what follows; there the masked pixels of ``distances`` must be
+in the order of their images. Arguments may have any layout in memory, results are contiguous. They raise RuntimeError
+(ValueError for a mask that is not of {0, 1}, a sigma that is not positive, negative weights) with the offending value.
 """
 
 import torch
 from torch import Tensor
 
-from similarity_cuda.loader import UnavailableError, load
+from similarity_cuda.loader import UnavailableError, WrongError, failed_proof, load
 
-__all__ = ["UnavailableError", "load"]
+__all__ = ["UnavailableError", "WrongError", "failed_proof", "load"]
 
 _library = torch.library.Library("similarity", "DEF")
 _PIXELS = "Tensor image, Tensor row, Tensor column, int search, int window, bool zero_border"

@@ -24,37 +24,89 @@ using similarity::Chunk;
 using similarity::Geometry;
 using similarity::Terms;
 
-constexpr int64_t kFewest = 8192, kMost = 65536;  // pixels of a chunk
+// Masked pixels in the order of their images, and how many of them each image has.
+struct Pixels {
+  Tensor image, row, column;
+  std::vector<int64_t> counts;
+};
+
+std::vector<int64_t> numbers(const Tensor& on_host) {
+  return {on_host.const_data_ptr<int64_t>(), on_host.const_data_ptr<int64_t>() + on_host.numel()};
+}
+
+Pixels in_order(const Geometry& g, const Tensor& image, const Tensor& row, const Tensor& column) {
+  const Tensor counts = at::zeros({g.n}, image.options()).scatter_add_(0, image, at::ones_like(image));
+  const Tensor descents = image.slice(0, 1).lt(image.slice(0, 0, -1)).sum().unsqueeze(0);
+  std::vector<int64_t> known = numbers(at::cat({counts, descents}).cpu());  // the host waits here, and nowhere else
+  TORCH_CHECK(!known.back(), "masked pixels must be in the order of their images");
+  known.pop_back();
+  return {image, row, column, known};
+}
+
+// Every mask entry equal to 1. The counts are on the host when it has waited for the number of pixels.
+Pixels in_mask(const Tensor& mask) {
+  const Tensor counts = mask.eq(1).sum({1, 2, 3});
+  Tensor on_host = at::empty(counts.sizes(), counts.options().device(at::kCPU).pinned_memory(true));
+  on_host.copy_(counts, /*non_blocking=*/true);
+  const std::vector<Tensor> where = similarity::masked_pixels(mask);
+  return {where[0], where[1], where[2], numbers(on_host)};
+}
+
+// What the kernels, which count in int and in the shared memory of a block, can do.
+template <typename T>
+void check_limits(const Geometry& g, int64_t pixels) {
+  const int64_t most = std::numeric_limits<int>::max();
+  TORCH_CHECK(pixels <= most, pixels, " masked pixels are too many for ssl_mode cuda: take a smaller batch or crops");
+  TORCH_CHECK(g.plane() * g.depth() <= most && g.c <= similarity::kMostChannels, "images of ", g.c, " x ", g.height,
+              " x ", g.width, " are too large for ssl_mode cuda: take crops, or ssl_mode boxsum");
+  TORCH_CHECK(similarity::Launch<T>::fits(g), "kernel_size_search ", g.k, " with kernel_size_window ", g.w,
+              " is too large for ssl_mode cuda: take a smaller kernel_size_search, or ssl_mode boxsum");
+}
 
 // One call's images and masked pixels, and every step of the op on them.
 template <typename T>
 class Batch {
  public:
-  Batch(const Geometry& g, const Tensor& img, const Tensor& image, const Tensor& row, const Tensor& column)
+  Batch(const Geometry& g, const Tensor& img, const Pixels& pixels)
       : g_(g),
         options_(img.options()),
-        image_(image.contiguous()),
-        row_(row.contiguous()),
-        column_(column.contiguous()),
+        image_(pixels.image.contiguous()),
+        row_(pixels.row.contiguous()),
+        column_(pixels.column.contiguous()),
+        counts_(pixels.counts),
         index_(at::full({g.n, g.height, g.width}, -1, img.options().dtype(at::kInt))),
         launch_{g,
                 {image_.const_data_ptr<int64_t>(), row_.const_data_ptr<int64_t>(), column_.const_data_ptr<int64_t>()},
                 index_.const_data_ptr<int>(),
                 c10::cuda::getCurrentCUDAStream()} {
-    TORCH_CHECK(image.numel() <= std::numeric_limits<int>::max(), "too many masked pixels: ", image.numel());
-    launch_.fill_index(index_.mutable_data_ptr<int>(), image.numel());
+    check_limits<T>(g, image_.numel());
+    launch_.fill_index(index_.mutable_data_ptr<int>(), image_.numel());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
   // Calls f with each chunk of the pixels.
   template <typename F>
   void for_each_chunk(const F& f) const {
-    const int64_t count = image_.numel(), size = std::clamp((count + 3) / 4, kFewest, kMost);
-    for (int64_t first = 0; first < count; first += size) f(Chunk{first, std::min(size, count - first)});
+    const int64_t count = image_.numel(),
+                  size = std::clamp((count + 3) / 4, similarity::kFewestPixels, similarity::kMostPixels);
+    int64_t image = 0, end = 0;  // and of the images' pixels before it
+    const auto seek = [&](int64_t pixel) {
+      while (end + counts_[image] <= pixel) end += counts_[image++];
+      return image;
+    };
+    for (int64_t first = 0; first < count; first += size) {
+      const int64_t pixels = std::min(size, count - first), first_image = seek(first);
+      f(Chunk{first, pixels, first_image, seek(first + pixels - 1) - first_image + 1});
+    }
   }
 
+  // (N, H + 2 reach, W + 2 reach, depth)
   Tensor pad(const Tensor& img) const {
-    return at::reflection_pad2d(similarity::planes(img), {g_.reach(), g_.reach(), g_.reach(), g_.reach()});
+    const Tensor planes =
+        at::reflection_pad2d(similarity::planes(img), {g_.reach(), g_.reach(), g_.reach(), g_.reach()});
+    Tensor result = at::zeros({g_.n, planes.size(1), planes.size(2), g_.depth()}, options_);
+    result.narrow(3, 0, g_.c).copy_(planes.unflatten(0, {g_.n, g_.c}).permute({0, 2, 3, 1}));
+    return result;
   }
 
   // Sums of squared differences, (k^2, pixels of the chunk).
@@ -92,34 +144,28 @@ class Batch {
     return totals.sum(0);
   }
 
-  // Zeros for add_gradient.
-  Tensor no_gradient() const { return at::zeros({launch_.groups(), g_.n, g_.c, g_.plane()}, options_); }
-
-  // total += (half of) the gradient with respect to the padded image; grads: with respect to the sums, (k^2, pixels).
-  void add_gradient(const Tensor& padded, const Tensor& grads, const Chunk& chunk, Tensor& total) const {
+  // to (N, C, H, W) += the gradient with respect to the images; grads: with respect to the sums, (k^2, pixels).
+  void add_gradient(const Tensor& padded, const Tensor& grads, const Chunk& chunk, Tensor& to) const {
+    Tensor total = at::zeros({launch_.groups(chunk), chunk.images, g_.c, g_.plane()}, options_);
     launch_.gradient(padded.const_data_ptr<T>(), grads.const_data_ptr<T>(), chunk, total.mutable_data_ptr<T>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
-    if (g_.clips() == 1) return;
-    Tensor by_clip = at::empty({g_.clips() * g_.w, chunk.count}, options_);
-    launch_.clip_sums(grads.const_data_ptr<T>(), chunk, by_clip.mutable_data_ptr<T>());
+    if (g_.clips() > 1) {
+      Tensor by_clip = at::empty({g_.clips() * g_.w, chunk.count}, options_);
+      launch_.clip_sums(grads.const_data_ptr<T>(), chunk, by_clip.mutable_data_ptr<T>());
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+      launch_.outside_gradient(padded.const_data_ptr<T>(), by_clip.const_data_ptr<T>(), chunk,
+                               total.mutable_data_ptr<T>());
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+    }
+    launch_.fold(total.const_data_ptr<T>(), chunk, to.mutable_data_ptr<T>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
-    launch_.outside_gradient(padded.const_data_ptr<T>(), by_clip.const_data_ptr<T>(), chunk,
-                             total.mutable_data_ptr<T>());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-  }
-
-  // The gradient with respect to the image, from that of the padded one.
-  Tensor unpad(const Tensor& total) const {
-    Tensor result = at::empty({g_.n, g_.c, g_.height, g_.width}, options_);
-    launch_.fold(total.const_data_ptr<T>(), result.mutable_data_ptr<T>());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-    return result;
   }
 
  private:
   const Geometry g_;
   const at::TensorOptions options_;
   const Tensor image_, row_, column_;
+  const std::vector<int64_t> counts_;  // pixels of each image
   const Tensor index_;
   const similarity::Launch<T> launch_;
 };
@@ -131,8 +177,9 @@ Tensor distances(const Tensor& img, const Tensor& image, const Tensor& row, cons
   const c10::cuda::CUDAGuard guard(img.device());
   Tensor result = at::empty({image.numel(), k, k}, img.options());
   if (!image.numel()) return result;
+  const Pixels pixels = in_order(g, image, row, column);
   AT_DISPATCH_FLOATING_TYPES(img.scalar_type(), "similarity::distances", [&] {
-    const Batch<scalar_t> batch(g, img, image, row, column);
+    const Batch<scalar_t> batch(g, img, pixels);
     const Tensor padded = batch.pad(img);
     batch.for_each_chunk([&](const Chunk& chunk) {
       batch.write_distances(batch.sums(padded, chunk), batch.energies(padded, chunk), chunk, result);
@@ -147,17 +194,16 @@ Tensor distances_backward(const Tensor& grad, const Tensor& img, const Tensor& i
   similarity::check_pixels(img, image, row, column);
   similarity::check_gradient(grad, img, image.numel(), k);
   const c10::cuda::CUDAGuard guard(img.device());
-  if (!image.numel()) return at::zeros_like(img, at::MemoryFormat::Contiguous);
-  Tensor result;
+  Tensor result = at::zeros_like(img, at::MemoryFormat::Contiguous);
+  if (!image.numel()) return result;
+  const Pixels pixels = in_order(g, image, row, column);
   AT_DISPATCH_FLOATING_TYPES(img.scalar_type(), "similarity::distances_backward", [&] {
-    const Batch<scalar_t> batch(g, img, image, row, column);
+    const Batch<scalar_t> batch(g, img, pixels);
     const Tensor padded = batch.pad(img), flow = grad.reshape({image.numel(), k * k});
-    Tensor total = batch.no_gradient();
     batch.for_each_chunk([&](const Chunk& chunk) {
       const Tensor of_chunk = flow.narrow(0, chunk.first, chunk.count).t().contiguous() / double(g.c * w * w);
-      batch.add_gradient(padded, of_chunk, chunk, total);
+      batch.add_gradient(padded, of_chunk, chunk, result);
     });
-    result = batch.unpad(total);
   });
   return result;
 }
@@ -170,22 +216,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss(const Tensor& sr, const Tensor& 
   similarity::check_pair(sr, hr, mask);
   similarity::check_settings(sigma, l1_weight, kl_weight);
   const c10::cuda::CUDAGuard guard(sr.device());
-  const std::vector<Tensor> where = similarity::masked_pixels(mask);
-  const int64_t m = where[0].numel();
-  const Tensor none = at::empty({0}, sr.options());
+  const Pixels pixels = in_mask(mask);
+  const int64_t m = pixels.image.numel();
+  Tensor gradient = with_gradient ? at::zeros_like(sr, at::MemoryFormat::Contiguous) : at::empty({0}, sr.options());
   if (!m) {
     auto zero = [&] { return at::zeros({}, sr.options()); };
-    return {zero(), zero(), zero(), with_gradient ? at::zeros_like(sr, at::MemoryFormat::Contiguous) : none};
+    return {zero(), zero(), zero(), gradient};
   }
   const double entries = double(m * k * k);  // means run over all entries of the batch
-  Tensor gradient = none, totals = at::zeros({2}, sr.options().dtype(at::kDouble));
+  Tensor totals = at::zeros({2}, sr.options().dtype(at::kDouble));
   AT_DISPATCH_FLOATING_TYPES(sr.scalar_type(), "similarity::loss", [&] {
     const scalar_t scale = scalar_t(-1.0 / (double(g.c * w * w) * sigma));
     const Terms<scalar_t> terms{scale, scalar_t(l1_weight / entries) * scale, scalar_t(kl_weight / entries) * scale,
                                 generalization};
-    const Batch<scalar_t> batch(g, sr, where[0], where[1], where[2]);
+    const Batch<scalar_t> batch(g, sr, pixels);
     const Tensor padded_sr = batch.pad(sr), padded_hr = batch.pad(hr);
-    Tensor total = with_gradient ? batch.no_gradient() : none;
     batch.for_each_chunk([&](const Chunk& chunk) {
       Tensor sums = batch.sums(padded_sr, chunk);
       {  // the ground truth's graph is released before the backward pass
@@ -193,9 +238,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss(const Tensor& sr, const Tensor& 
         totals += batch.compare(sums, batch.energies(padded_sr, chunk), sums_t, batch.energies(padded_hr, chunk), chunk,
                                 terms);
       }
-      if (with_gradient) batch.add_gradient(padded_sr, sums, chunk, total);
+      if (with_gradient) batch.add_gradient(padded_sr, sums, chunk, gradient);
     });
-    if (with_gradient) gradient = batch.unpad(total);
   });
   totals /= entries;
   const Tensor l1 = totals.select(0, 0).to(sr.scalar_type()), kl = totals.select(0, 1).to(sr.scalar_type());

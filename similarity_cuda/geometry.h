@@ -20,45 +20,50 @@
 namespace similarity {
 
 struct Range {
-  int64_t first, last;  // window indices [first, last) of 0 .. w that lie in the search area
-  SIMILARITY_ANYWHERE int64_t size() const { return last - first; }
-  SIMILARITY_ANYWHERE bool holds(int64_t index) const { return index >= first && index < last; }
+  int first, last;  // window indices [first, last) of 0 .. w that lie in the search area
+  SIMILARITY_ANYWHERE int size() const { return last - first; }
+  SIMILARITY_ANYWHERE bool holds(int index) const { return index >= first && index < last; }
 };
 
 struct Geometry {
   int64_t n, c, height, width, k, w, r, f;
   bool zero_border;
 
-  SIMILARITY_ANYWHERE int64_t reach() const {
-    return zero_border ? r : r + f;
-  }                                                                           // how far from a pixel the image is read
+  // How far from a pixel the image is read.
+  SIMILARITY_ANYWHERE int64_t reach() const { return zero_border ? r : r + f; }
   SIMILARITY_ANYWHERE int64_t stride() const { return width + 2 * reach(); }  // of a row of the padded image
   SIMILARITY_ANYWHERE int64_t plane() const { return (height + 2 * reach()) * stride(); }
+  SIMILARITY_ANYWHERE int64_t depth() const { return c == 3 ? 4 : c; }  // numbers that a pixel has on a GPU
   SIMILARITY_ANYWHERE int64_t clips() const { return zero_border ? 2 * f + 1 : 1; }
+  // The largest offset along an axis whose window lies whole in the search area; also the most of Axis::apart.
+  SIMILARITY_ANYWHERE int apart() const { return int(zero_border ? r - f : r); }
+  // How many rows (columns) of an offset's window lie after the end of the search area; of -offset, before its start.
+  SIMILARITY_ANYWHERE int cut(int offset) const { return offset > apart() ? offset - apart() : 0; }
   // Of an offset along one axis. 0: the whole window; 1 .. f: so many rows (columns) cut at the start; f + 1 .. 2f: so
   // many, less f, cut at the end.
-  SIMILARITY_ANYWHERE int64_t clip(int64_t offset) const {
-    if (!zero_border) return 0;
-    return offset < f - r ? f - r - offset : offset > r - f ? 2 * f - r + offset : 0;
+  SIMILARITY_ANYWHERE int clip(int offset) const {
+    return offset < 0 ? cut(-offset) : cut(offset) ? int(f) + cut(offset) : 0;
   }
-  SIMILARITY_ANYWHERE Range range(int64_t clip) const { return {clip <= f ? clip : 0, clip <= f ? w : w - (clip - f)}; }
-  SIMILARITY_ANYWHERE int64_t apart() const { return zero_border ? r - f : r; }  // the most of Axis::apart
+  SIMILARITY_ANYWHERE Range range(int clip) const {
+    const int side = int(w), half = int(f);
+    return {clip <= half ? clip : 0, clip <= half ? side : side - (clip - half)};
+  }
 };
 
 // Along one axis: where the box sums that a pair of offsets needs begin, relative to the first pixel of a tile, how
 // many terms they have, and how far apart those of d and of -d lie.
 struct Axis {
-  int64_t of_plus, of_minus;  // the sum of a pixel at 0 starts here for d, and there for -d
-  int64_t start, count, apart;
+  int of_plus, of_minus;  // the sum of a pixel at 0 starts here for d, and there for -d
+  int start, count, apart;
 
-  SIMILARITY_ANYWHERE Axis(const Geometry& g, int64_t offset)
-      : of_plus(g.range(g.clip(offset)).first - g.f),
-        of_minus(g.range(g.clip(-offset)).first - g.f - offset),
+  SIMILARITY_ANYWHERE Axis(const Geometry& g, int offset)
+      : of_plus(g.cut(-offset) - int(g.f)),
+        of_minus(g.cut(offset) - int(g.f) - offset),
         start(of_plus < of_minus ? of_plus : of_minus),
-        count(g.range(g.clip(offset)).size()),
+        count(int(g.w) - g.cut(offset) - g.cut(-offset)),
         apart(of_plus + of_minus - 2 * start) {}
-  SIMILARITY_ANYWHERE int64_t plus() const { return of_plus - start; }
-  SIMILARITY_ANYWHERE int64_t minus() const { return of_minus - start; }
+  SIMILARITY_ANYWHERE int plus() const { return of_plus - start; }
+  SIMILARITY_ANYWHERE int minus() const { return of_minus - start; }
 };
 
 }  // namespace similarity

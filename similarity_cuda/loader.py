@@ -1,4 +1,4 @@
-"""Builds and loads the kernels: on first use, once, safely when many processes start together."""
+"""Builds, proves and loads the kernels: on first use, once, safely when many processes start together."""
 
 import contextlib
 import hashlib
@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from similarity_cuda import trust
+
 _logger = logging.getLogger(__name__)
 _SOURCES = {"cpp": ["cpu.cpp"], "cuda": ["cuda.cpp", "kernels.cu"]}
 _loaded: dict[str, Exception | None] = {}  # kind -> None where it is loaded, else why it is not
@@ -27,25 +30,38 @@ class UnavailableError(RuntimeError):
     """The kernels cannot be had here; the text says why, with the facts of the machine."""
 
 
+class WrongError(UnavailableError):
+    """The kernels were built, but failed their proof on this device: what was off, and how to report it."""
+
+
 def load(kind: str) -> None:
     """Make the operators of ``kind`` work, building them if they were not built before: "cpp" (CPU) or "cuda" (GPUs).
 
     The built library is kept in ``TORCH_EXTENSIONS_DIR`` (default ``~/.cache/similarity_cuda``) under a name made of
     the sources, PyTorch and the processor or the GPUs. GPUs' architectures are those at hand, or
-    ``TORCH_CUDA_ARCH_LIST``.
+    ``TORCH_CUDA_ARCH_LIST``. It is loaded after it has proved itself on the device at hand, which is the current GPU
+    (``similarity_cuda/trust.py``).
 
     Raises:
         UnavailableError: no GPU, compiler, CUDA toolkit or ninja, or the build failed. Asked again, it fails at once.
             Threads that ask meanwhile wait for the end of the build.
+        WrongError: what was built computes wrong numbers here, or crashes.
     """
     if kind not in _loaded:
         with _loading:
             if kind not in _loaded:
                 _loaded[kind] = _attempt(kind)
     reason = _loaded[kind]
+    if isinstance(reason, WrongError):
+        raise WrongError(str(reason)) from reason
     if reason is not None:
         text = " ".join(str(reason).split())
         raise UnavailableError(f"{text[:300]}{' ...' if len(text) > 300 else ''} ({facts()})") from reason
+
+
+def failed_proof(kind: str) -> bool:
+    """Whether the last :func:`load` of ``kind`` ended in WrongError."""
+    return isinstance(_loaded.get(kind), WrongError)
 
 
 def _attempt(kind: str) -> Exception | None:
@@ -160,7 +176,42 @@ def _architectures() -> str:
     return given or ";".join(f"{major}.{minor}" for major, minor in sorted(found))
 
 
+def _check_architectures() -> None:
+    """Before minutes of building: does ``TORCH_CUDA_ARCH_LIST`` name the GPU at hand? Words (Hopper) are let pass."""
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    listed = [re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name) for name in given.replace(";", " ").split()]
+    if not listed or not all(listed) or not torch.cuda.is_available():  # without a GPU: built for another machine
+        return
+    here = torch.cuda.get_device_capability()
+    for match in listed:
+        assert match is not None
+        major, minor, exact, with_ptx = int(match[1]), int(match[2]), match[3] == "a", bool(match[4])
+        if here == (major, minor) or (not exact and (here[0] == major or with_ptx) and here > (major, minor)):
+            return
+    raise RuntimeError(
+        f"TORCH_CUDA_ARCH_LIST {given!r} does not name this GPU, {torch.cuda.get_device_name()}: "
+        f"add {here[0]}.{here[1]} to it, or unset it"
+    )
+
+
 def _build_and_load(kind: str) -> None:
+    library = build(kind)
+    mark = trust.read(kind, library)
+    if mark is None:
+        with _locked(library.with_suffix(".lock")) if trust.can_keep(library) else contextlib.nullcontext():
+            mark = trust.read(kind, library) or trust.prove(kind, library)
+    if mark.wrong:
+        raise WrongError(
+            f"the built kernels fail their proof on {mark.device}: {mark.wrong}; please report what "
+            "`python -m similarity_cuda` prints, which proves them again"
+        )
+    torch.ops.load_library(str(library))
+
+
+def build(kind: str) -> Path:
+    """-> the library of ``kind``, built if it was not there."""
+    if kind == "cuda":
+        _check_architectures()
     folder = Path(__file__).parent
     headers = sorted([*folder.glob("*.h"), *folder.glob("*.cuh")])
     sources = [folder / name for name in _SOURCES[kind]]
@@ -178,10 +229,10 @@ def _build_and_load(kind: str) -> None:
     library = cache / (name + (".pyd" if os.name == "nt" else ".so"))
     if not library.is_file():
         cache.mkdir(parents=True, exist_ok=True)
-        with _locked(cache / f"{name}.lock"):
+        with _locked(library.with_suffix(".lock")):
             if not library.is_file():
                 _build(name, sources, compiler_flags, linker_flags, library)
-    torch.ops.load_library(str(library))
+    return library
 
 
 def _build(name: str, sources: list[Path], compiler_flags: list[str], linker_flags: list[str], library: Path) -> None:

@@ -35,14 +35,16 @@ void index(const int64_t* g, const int64_t* image, const int64_t* row, const int
 }
 CUDA_ON_CPU_EXPORT(index)
 
+Chunk chunk_of(const int64_t* chunk) { return {chunk[0], chunk[1], chunk[2], chunk[3]}; }
+
 template <typename T>
-void sums(const int64_t* of, const T* padded, const int* index, int64_t first, int64_t count, int64_t height,
-          int64_t width, T* to) {
+void sums(const int64_t* of, const int64_t* chunk, const T* padded, const int* index, int64_t height, int64_t width,
+          T* to) {
   const Geometry g = geometry(of);
   const Tiling t{g.height, g.width, height, width};
   const auto layout = Layout<T>::distances(g, t);
-  const dim3 grid(g.n * t.of_image(), g.r + 1);
-  const Map map{index, {first, count}, int(g.height), int(g.width)};
+  const Map map{index, chunk_of(chunk), int(g.height), int(g.width)};
+  const dim3 grid(map.chunk.images * t.of_image(), g.r + 1);
   const int64_t threads = over(layout.columns, 32) * 32;
   if (g.c == 3)
     launch<distance_sums<T, 3>>(grid, threads, layout.bytes(), padded, map, g, t, to);
@@ -53,50 +55,51 @@ void sums(const int64_t* of, const T* padded, const int* index, int64_t first, i
 }
 
 template <typename T>
-void energies(const int64_t* of, const T* padded, const int64_t* image, const int64_t* row, const int64_t* column,
-              int64_t first, int64_t count, T* to) {
+void energies(const int64_t* of, const int64_t* chunk, const T* padded, const int64_t* image, const int64_t* row,
+              const int64_t* column, T* to) {
   const Geometry g = geometry(of);
-  launch<outside_energies<T>>(dim3(over(count, 32), g.clips()), 32, 0, padded, Places{image, row, column},
-                              Chunk{first, count}, g, to);
+  launch<outside_energies<T>>(dim3(over(chunk[1], 32), g.clips()), 32, 0, padded, Places{image, row, column},
+                              chunk_of(chunk), g, to);
 }
 
 template <typename T>
-void distances(const int64_t* of, const T* sums, const T* energies, int64_t first, int64_t count, double scale, T* to) {
+void distances(const int64_t* of, const int64_t* chunk, const T* sums, const T* energies, double scale, T* to) {
   const Geometry g = geometry(of);
-  launch<finish<T>>(dim3(over(count, 32), g.k * g.k), 32, 0, sums, energies, g, Chunk{first, count}, T(scale), to);
+  launch<finish<T>>(dim3(over(chunk[1], 32), g.k), 32, 0, sums, energies, g, chunk_of(chunk), T(scale), to);
 }
 
 template <typename T>
-void compared(const int64_t* of, T* sums_x, const T* energies_x, const T* sums_t, const T* energies_t, int64_t first,
-              int64_t count, double scale, double l1_flow, double kl_flow, int64_t generalization, double* totals) {
+void compared(const int64_t* of, const int64_t* chunk, T* sums_x, const T* energies_x, const T* sums_t,
+              const T* energies_t, double scale, double l1_flow, double kl_flow, int64_t generalization,
+              double* totals) {
   const Geometry g = geometry(of);
-  launch<compare<T>>(over(count, kLanes), dim3(kLanes, kWarps), g.k * g.k * sizeof(int), sums_x, energies_x, sums_t,
-                     energies_t, g, Chunk{first, count},
-                     Terms<T>{T(scale), T(l1_flow), T(kl_flow), generalization != 0}, totals);
+  launch<compare<T>>(over(chunk[1], kLanes), dim3(kLanes, kWarps), 0, sums_x, energies_x, sums_t, energies_t, g,
+                     chunk_of(chunk), Terms<T>{T(scale), T(l1_flow), T(kl_flow), generalization != 0}, totals);
 }
 
 template <typename T>
-void add_gradient(const int64_t* of, const T* padded, const T* grads, const int* index, int64_t first, int64_t count,
+void add_gradient(const int64_t* of, const int64_t* chunk, const T* padded, const T* grads, const int* index,
                   int64_t height, int64_t width, int64_t groups, T* by_clip, T* total) {
   const Geometry g = geometry(of);
   const Tiling t{g.height + 2 * g.reach(), g.stride(), height, width};
-  const int64_t threads = over(t.width + g.apart() + g.w - 1, 32) * 32;
+  const int64_t threads = over(kParts * (t.width + g.apart() + g.w - 1), 32) * 32;
   const int64_t bytes = Layout<T>::gradients(g, t, threads).bytes();
-  const Map map{index, {first, count}, int(g.height), int(g.width)};
+  const Map map{index, chunk_of(chunk), int(g.height), int(g.width)};
+  const int64_t tiles = map.chunk.images * t.of_image();
   if (g.c == 3)
-    launch<gradient<T, 3>>(dim3(g.n * t.of_image(), groups), threads, bytes, padded, grads, map, g, t, total);
+    launch<gradient<T, 3>>(dim3(tiles, groups), threads, bytes, padded, grads, map, g, t, total);
   else
-    launch<gradient<T, 1>>(dim3(g.n * t.of_image(), groups, g.c), threads, bytes, padded, grads, map, g, t, total);
+    launch<gradient<T, 1>>(dim3(tiles, groups, g.c), threads, bytes, padded, grads, map, g, t, total);
   if (g.clips() == 1) return;
-  launch<clip_sums<T>>(dim3(over(count, 32), g.clips()), 32, 0, grads, g, Chunk{first, count}, by_clip);
-  const int64_t positions = g.n * (g.height + 2 * g.f) * (g.width + 2 * g.f);
+  launch<clip_sums<T>>(dim3(over(map.chunk.count, 32), g.clips()), 32, 0, grads, g, map.chunk, by_clip);
+  const int64_t positions = map.chunk.images * (g.height + 2 * g.f) * (g.width + 2 * g.f);
   launch<outside_gradient<T>>(over(positions, 32), 32, 0, padded, static_cast<const T*>(by_clip), map, g, total);
 }
 
 template <typename T>
-void folded(const int64_t* of, const T* total, int64_t groups, T* to) {
+void folded(const int64_t* of, const int64_t* chunk, const T* total, int64_t groups, T* to) {
   const Geometry g = geometry(of);
-  launch<fold<T>>(over(g.n * g.c * g.height * g.width, 32), 32, 0, total, g, int(groups), to);
+  launch<fold<T>>(over(chunk[3] * g.c * g.height * g.width, 32), 32, 0, total, g, chunk_of(chunk), int(groups), to);
 }
 
 #define BOTH(name) \
@@ -136,43 +139,51 @@ class Op:
 
     def pad(self, img: Array) -> Array:
         r = self.g[4] // 2 + (0 if self.border == "zero" else self.g[5] // 2)
-        return np.ascontiguousarray(np.pad(img, ((0, 0), (0, 0), (r, r), (r, r)), mode="reflect"))
+        padded = np.pad(img, ((0, 0), (0, 0), (r, r), (r, r)), mode="reflect").transpose(0, 2, 3, 1)
+        if img.shape[1] == 3:
+            padded = np.pad(padded, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=np.nan)  # never to be used
+        return np.ascontiguousarray(padded)
 
-    def run(self, name: str, *arguments: Any, dtype: np.dtype) -> None:
-        self.driver(f"{name}_{np.dtype(dtype).str[1:]}", self.g, *arguments)
+    def run(self, name: str, chunk: Array, *arguments: Any, dtype: np.dtype) -> None:
+        self.driver(f"{name}_{np.dtype(dtype).str[1:]}", self.g, chunk, *arguments)
 
-    def chunks(self) -> list[tuple[int, int]]:
+    def chunks(self) -> list[Array]:
+        """(first pixel, pixels, first image, images) of each."""
         size = -(-self.count // self.cut)
-        return [(first, min(size, self.count - first)) for first in range(0, self.count, size)]
+        chunks = []
+        for first in range(0, self.count, size):
+            images = self.places[0][first : first + size]
+            chunks.append(np.array([first, len(images), images[0], images[-1] - images[0] + 1]))
+        return chunks
 
-    def sums(self, padded: Array, chunk: tuple[int, int]) -> tuple[Array, Array]:
+    def sums(self, padded: Array, chunk: Array) -> tuple[Array, Array]:
         sums = np.full((self.area, chunk[1]), np.nan, dtype=padded.dtype)  # NaN shows what is not written
         sums[self.area // 2] = 0
         tile = -(-self.shape[2] // self.cut), -(-self.shape[3] // self.cut)
-        self.run("sums", padded, self.index, *chunk, *tile, sums, dtype=padded.dtype)
+        self.run("sums", chunk, padded, self.index, *tile, sums, dtype=padded.dtype)
         energies = np.full((self.clips**2, chunk[1]), np.nan, dtype=padded.dtype)
         if self.clips > 1:
-            self.run("energies", padded, *self.places, *chunk, energies, dtype=padded.dtype)
+            self.run("energies", chunk, padded, *self.places, energies, dtype=padded.dtype)
         return sums, energies
 
     def distances(self, img: Array) -> Array:
         padded, result = self.pad(img), np.full((self.count, self.area), np.nan, dtype=img.dtype)
         for chunk in self.chunks():
-            self.run("distances", *self.sums(padded, chunk), *chunk, self.scale, result, dtype=img.dtype)
+            self.run("distances", chunk, *self.sums(padded, chunk), self.scale, result, dtype=img.dtype)
         return result
 
     def gradient(self, img: Array, grads: list[Array]) -> Array:
         """grads: with respect to the sums, (k^2, pixels), one for each chunk."""
         padded = self.pad(img)
         groups = min(2, self.g[4] // 2 + 1)
-        total = np.zeros((groups, *padded.shape), dtype=img.dtype)
-        tile = min(16, -(-padded.shape[2] // self.cut)), -(-padded.shape[3] // self.cut)
+        tile = min(14, -(-padded.shape[1] // self.cut)), -(-padded.shape[2] // self.cut)
+        result = np.zeros_like(img)
         for chunk, grad in zip(self.chunks(), grads, strict=True):
+            total = np.zeros((groups, chunk[3], img.shape[1], *padded.shape[1:3]), dtype=img.dtype)
             by_clip = np.full((self.clips * self.g[5], chunk[1]), np.nan, dtype=img.dtype)
-            arguments = (padded, np.ascontiguousarray(grad), self.index, *chunk, *tile, groups, by_clip, total)
-            self.run("add_gradient", *arguments, dtype=img.dtype)
-        result = np.full_like(img, np.nan)
-        self.run("folded", total, groups, result, dtype=img.dtype)
+            arguments = (padded, np.ascontiguousarray(grad), self.index, *tile, groups, by_clip, total)
+            self.run("add_gradient", chunk, *arguments, dtype=img.dtype)
+            self.run("folded", chunk, total, groups, result, dtype=img.dtype)
         return result
 
     def loss(
@@ -185,7 +196,7 @@ class Op:
             graphs = *self.sums(padded_sr, chunk), *self.sums(padded_hr, chunk)
             blocks = np.full((-(-chunk[1] // 32), 2), np.nan)
             flow = l1 / entries * scale, kl / entries * scale
-            self.run("compared", *graphs, *chunk, scale, *flow, int(generalization), blocks, dtype=sr.dtype)
+            self.run("compared", chunk, *graphs, scale, *flow, int(generalization), blocks, dtype=sr.dtype)
             totals += blocks.sum(0)
             flows.append(graphs[0])
         return totals / entries, self.gradient(sr, flows)
@@ -237,7 +248,7 @@ def test_kernels_compute_the_specified_distances_and_gradients(driver, shape, se
     # Float64 sums in another order.
     np.testing.assert_allclose(op.distances(img), expected.detach().flatten(1).numpy(), rtol=1e-12, atol=1e-15)
     upstream = np.random.default_rng(1).standard_normal((op.count, op.area))
-    grads = [(upstream[first : first + count] * op.scale).T for first, count in op.chunks()]
+    grads = [(upstream[first : first + count] * op.scale).T for first, count, *_ in op.chunks()]
     gradient = torch.autograd.grad(expected, x, torch.from_numpy(upstream).reshape(expected.shape))[0].numpy()
     np.testing.assert_allclose(op.gradient(img, grads), gradient, rtol=1e-9, atol=1e-12)
 
@@ -270,6 +281,21 @@ def test_kernels_in_single_precision_keep_published_windows_in_registers(driver,
     np.testing.assert_allclose(gradient, expected_gradient, rtol=0, atol=2e-6 * np.abs(expected_gradient).max())
 
 
+def test_graphs_of_any_size_are_compared_and_scaled(driver):
+    rng, k, count, scale, flow = np.random.default_rng(0), 259, 3, -0.5, 0.25
+    sums_x, sums_t = rng.random((k * k, count)), rng.random((k * k, count))
+    g, chunk = np.array([1, 1, 200, 200, k, 1, 0]), np.array([0, count, 0, 1])
+    nothing, result, totals = np.zeros((1, 0)), np.full((count, k * k), np.nan), np.full((1, 2), np.nan)
+    driver("distances_f8", g, chunk, sums_x, nothing, 2, result)
+    assert np.array_equal(result, 2 * sums_x.T)
+    flows = sums_x.copy()
+    driver("compared_f8", g, chunk, flows, nothing, sums_t, nothing, scale, flow, flow, 0, totals)
+    x, t = np.exp(scale * sums_x), np.exp(scale * sums_t)
+    # Float64 sums of 201,243 terms in another order.
+    np.testing.assert_allclose(totals[0], [np.abs(x - t).sum(), (t * scale * (sums_t - sums_x)).sum()], rtol=1e-10)
+    np.testing.assert_allclose(flows, flow * (np.sign(x - t) * x - t), rtol=1e-12, atol=1e-15)
+
+
 def test_the_order_of_threads_changes_no_bit(driver):
     sr, hr, mask = example((2, 3, 12, 14), 0.3, np.float32)
     results = []
@@ -298,7 +324,7 @@ def test_kernels_stay_within_their_memory(border, dtype):
 @pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch without CUDA")
 def test_the_op_compiles_for_every_supported_architecture_and_links_with_pytorch():
     script = (
-        "import similarity_cuda, torch; from similarity_cuda import loader; loader._build_and_load('cuda')\n"
+        "import torch; from similarity_cuda import loader; torch.ops.load_library(loader.build('cuda'))\n"
         "print(torch._C._dispatch_has_kernel_for_dispatch_key('similarity::loss', 'CUDA'))"
     )
     environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": "7.5;8.0;8.6;8.9;9.0"}

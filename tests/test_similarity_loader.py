@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 import threading
 import types
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from similarity_cuda import UnavailableError, loader
+from similarity_cuda import UnavailableError, loader, trust
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +106,40 @@ def test_a_build_adds_one_variable_and_leaves_the_environment_of_other_threads(m
     assert library.is_file() != fails
     assert during == before | {"TORCH_CUDA_ARCH_LIST": given or "8.0;9.0"}
     assert dict(os.environ) == before | {"OF_ANOTHER_THREAD": "1"}
+
+
+@pytest.mark.parametrize(
+    ("given", "capability", "fits"),
+    [
+        ("", (8, 6), True),
+        ("8.0;9.0", (9, 0), True),
+        ("8.0", (8, 6), True),  # a GPU runs what was built for an earlier one of its generation
+        ("8.6", (8, 0), False),
+        ("8.0 8.6", (9, 0), False),
+        ("8.0+PTX", (9, 0), True),  # which its driver compiles
+        ("9.0+PTX", (8, 6), False),
+        ("9.0a", (9, 0), True),
+        ("10.0a", (10, 3), False),  # features of exactly that GPU
+        ("10.0f", (10, 3), True),
+        ("Hopper", (8, 6), True),  # PyTorch knows names
+    ],
+)
+def test_a_list_of_architectures_without_this_gpu_is_refused_before_building(monkeypatch, given, capability, fits):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", given)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    builds = []
+    monkeypatch.setattr(loader, "_build", lambda name, *_: builds.append("cuda"))
+    monkeypatch.setattr(trust, "read", lambda *_: trust.Mark("", "", "", []))
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    if fits:
+        loader.load("cuda")
+    else:
+        named = re.escape(f"TORCH_CUDA_ARCH_LIST {given!r} does not name this GPU, A GPU: add ")
+        with pytest.raises(UnavailableError, match=named + r"\d+\.\d to it, or unset it"):
+            loader.load("cuda")
+    assert builds == ["cuda"] * fits
 
 
 def test_on_windows_a_process_waits_as_long_as_another_builds(monkeypatch):

@@ -1,6 +1,7 @@
 """``python -m similarity_cuda``: the table and the exit status that a bug report shows."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -8,8 +9,9 @@ import pytest
 import torch
 
 import similarity_cuda.__main__ as report
-from similarity_cuda import UnavailableError, load
+from similarity_cuda import UnavailableError, load, loader, proof, trust
 from tests.conftest import REPOSITORY
+from tests.test_similarity_trust import WRONG
 from tests.test_ssl import published_pair
 
 try:
@@ -50,48 +52,34 @@ def test_report_without_a_compiler_gives_the_reason_in_one_line(tmp_path):
 
 @needs_cpp
 @pytest.mark.parametrize(
-    ("kernel", "fault"),
+    ("program", "said"),
     [
-        ("distances", lambda x: 1.001 * x),
-        ("distances", lambda x: x + 0.001 * (x - x.detach())),  # the gradient alone
-        ("loss", lambda x: 1.001 * x),
-        ("loss", lambda x: x + 0.001 * (x - x.detach())),
-        ("loss", lambda x: x * float("nan")),
+        (WRONG, "loss off by 1.0e-03 of its largest number"),
+        ("import os; os.abort()", "they crash with SIGABRT"),
     ],
-    ids=["distances", "their gradient", "loss", "its gradient", "no number"],
+    ids=["wrong numbers", "crash"],
 )
-def test_report_calls_wrong_numbers_and_wrong_gradients_wrong(monkeypatch, capsys, kernel, fault):
-    right = getattr(torch.ops.similarity, kernel)
-
-    def wrong(*arguments):
-        results = right(*arguments)
-        return fault(results) if kernel == "distances" else (fault(results[0]), *results[1:])
-
-    monkeypatch.setattr(torch.ops.similarity, kernel, wrong)
-    monkeypatch.setattr(report, "_DEVICES", {"cpp": "cpu"})
+def test_report_proves_again_and_says_what_is_wrong(monkeypatch, capsys, tmp_path, program, said):
+    library = tmp_path / "similarity_cpp_0.so"
+    shutil.copy(loader.build("cpp"), library)
+    monkeypatch.setattr(loader, "build", lambda kind: library)
+    monkeypatch.setattr(loader, "_loaded", {})
+    monkeypatch.setattr(proof, "DEVICES", {"cpp": "cpu"})
     monkeypatch.setattr(report, "_milliseconds", lambda device: 0.0)
+    trust.prove("cpp", library)  # a good mark, from before
+    monkeypatch.setattr(
+        trust, "_command", lambda kind, library: [sys.executable, "-c", program, kind, str(library), "0"]
+    )
     assert report.main([]) == 1
-    row = capsys.readouterr().out.splitlines()[1]
-    assert row.endswith(" WRONG")
-    errors = [float(figure) for figure in row.split()[2:6]]
-    bad = [not error < 1e-4 for error in errors]
-    assert any(bad[:2]) == (kernel == "distances")
-    assert any(bad[2:]) == (kernel == "loss")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("cpp   WRONG: the built kernels fail their proof on the CPU: ")
+    assert said in " ".join(map(str.strip, lines))
+    assert max(map(len, lines)) <= 80
 
 
-@needs_cpp
-def test_report_shows_the_message_of_a_kernel_that_fails(monkeypatch, capsys):
-    def broken(*_):
-        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile with ...")
-
-    monkeypatch.setattr(torch.ops.similarity, "distances", broken)
-    monkeypatch.setattr(report, "_DEVICES", {"cpp": "cpu"})
-    assert report.main([]) == 1
-    assert "FAILED: CUDA error: no kernel image is available" in capsys.readouterr().out
-
-
-def test_the_formula_of_the_report_gives_the_published_loss():
+def test_the_formula_of_the_proof_gives_the_published_loss():
     gt, sr, mask = published_pair()
     published = 1000 * 1.019350012864e-04 + 1000 * 6.786220051409e-06
     # The published figures have 13 digits.
-    assert report._loss(sr, gt, mask, zero=True).item() == pytest.approx(published, rel=1e-11)
+    of_sr, of_gt = (proof.distances(img, mask, 25, 9, zero=True) for img in (sr, gt))
+    assert proof.loss(of_sr, of_gt, sigma=0.004, generalization=True).item() == pytest.approx(published, rel=1e-11)

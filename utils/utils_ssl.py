@@ -24,7 +24,8 @@ Four forms (``ssl_mode``) compute it:
 * ``cpp``, ``cuda``: the same compiled for the CPU and for GPUs (``similarity_cuda``, built on first use): the loss and
   its gradient in one call, and the graphs never held as a whole.
 
-``auto`` takes the compiled one of the images' device where it can be had, else ``boxsum``, and says once which and why.
+``auto`` takes the compiled one of the images' device where it can be had, else ``boxsum``, and says once which and why;
+that is a warning where the compiled one was built, but computed wrong numbers when it was tried on this device.
 """
 
 import functools
@@ -291,7 +292,7 @@ _DISTANCES = {
 
 
 def _why_not(mode: str, device_type: str) -> str | None:
-    """Load the compiled op ``mode``, building it at first; -> None, or why it cannot be had for tensors there."""
+    """Load the compiled op ``mode``, built and proved at first; -> None, or why it cannot be had for tensors there."""
     if _COMPILED.get(device_type) != mode:
         return f"it works on {'the CPU' if mode == 'cpp' else 'CUDA GPUs'}, the images are on {device_type}"
     try:
@@ -301,6 +302,15 @@ def _why_not(mode: str, device_type: str) -> str | None:
     except (ImportError, RuntimeError) as error:
         return str(error)
     return None
+
+
+def _failed_proof(mode: str) -> bool:
+    """Whether the compiled op ``mode`` was built, but computed wrong numbers when it was tried on this device."""
+    try:
+        import similarity_cuda
+    except ImportError:
+        return False
+    return similarity_cuda.failed_proof(mode)
 
 
 def _choose(ssl_mode: str, device_type: str) -> str:
@@ -316,7 +326,8 @@ def _choose(ssl_mode: str, device_type: str) -> str:
         if (chosen, device_type) not in _said:
             _said.add((chosen, device_type))
             note = f" (not {compiled or 'compiled'}: {why})" if why else ""
-            _logger.info("self-similarity on %s: ssl_mode auto takes %s%s", device_type, chosen, note)
+            level = logging.WARNING if compiled and _failed_proof(compiled) else logging.INFO
+            _logger.log(level, "self-similarity on %s: ssl_mode auto takes %s%s", device_type, chosen, note)
         return chosen
     if ssl_mode not in _DISTANCES:
         raise ValueError(f"ssl_mode {ssl_mode!r} is unknown; valid are auto, {', '.join(_DISTANCES)}")
