@@ -24,11 +24,12 @@ from models.model_gan import ModelGAN
 from tests.conftest import REPOSITORY, photograph
 from tests.test_option import KAIR
 from tests.training import SSL, Workplace, assert_same, tree
+from training.checkpoints import Checkpoints
 from training.validate import validate
 from utils.utils_checkpoint import unwrap
 from utils.utils_error import UserError, run
 from utils.utils_image import imread_uint, imsave
-from utils.utils_resume import Checkpoints, newest_generator
+from utils.utils_resume import newest_generator
 from utils.utils_ssl import SelfSimilarityLoss, edge_mask
 
 GAN = ("model=gan", *SSL)
@@ -89,12 +90,23 @@ def test_a_damaged_newest_checkpoint_is_passed_over(work: Workplace) -> None:
     assert_same(work.saved(6, "whole"), work.saved(6))
 
 
-def test_a_checkpoint_is_complete_without_its_state_and_keeps_seed_and_best(work: Workplace) -> None:
+def forget_manifests(folder: Path) -> None:
+    """Make a run's folder one of a version that wrote no manifests."""
+    (folder / "run.json").unlink()
+    for path in (folder / "models").glob("*_state.json"):
+        state = json.loads(path.read_text())
+        old = {key: state[key] for key in ("best_score", "best_step", "step", "seed") if key in state}
+        path.write_text(json.dumps(old, indent=2))
+
+
+def test_a_set_of_before_manifests_is_complete_without_its_state_and_keeps_seed_and_best(work: Workplace) -> None:
     work.run("train.checkpoint_test=2", "train.manual_seed=null")
+    forget_manifests(work.folder())
     before = json.loads((work.folder() / "models" / "4_state.json").read_text())
     (work.folder() / "models" / "4_state.json").unlink()
     work.run("train.checkpoint_test=1000", "train.manual_seed=null", "train.iterations=5", "datasets.test=null")
     after = json.loads((work.folder() / "models" / "5_state.json").read_text())
+    assert "checkpoint 4 is of before there were manifests" in work.log()
     assert "resumed at step 4" in work.log()
     assert after["seed"] == before["seed"]
     assert "best_step" in after
@@ -187,6 +199,7 @@ def test_a_run_leaves_kairs_files_a_log_a_grid_and_a_board(work: Workplace) -> N
         *(f"images/test_{s:08d}.png" for s in (2, 4)),
         "options/TIME.json",
         "options/TIME_facts.txt",
+        "run.json",
         "train.log",
     }
     # One row an image, L, E and H side by side; the wider of the two images sets the width.
@@ -295,6 +308,7 @@ def test_validation_without_memory_names_smaller_tiles(work: Workplace, monkeypa
 
 def test_an_optimizer_file_of_something_else_is_one_line(work: Workplace) -> None:
     work.run("train.iterations=2", "datasets.test=null")
+    forget_manifests(work.folder())
     path = work.folder() / "models" / "2_optimizerG.pth"
     good = torch.load(path, weights_only=True)
     turned = {**good["state"], 0: {**good["state"][0], "exp_avg": torch.zeros(3, 3)}}
@@ -491,7 +505,7 @@ def test_images_that_cannot_be_read_are_named_and_others_take_their_place(work: 
 
 
 def test_an_image_that_breaks_while_training_is_one_line_from_a_worker_too(work: Workplace, monkeypatch) -> None:
-    monkeypatch.setattr("training.loop._make_run_folder", lambda opt, seed: _break_images(work))
+    monkeypatch.setattr("training.loop._make_run_folder", lambda *a: _break_images(work))
     work.options["path"]["root"] = str(work.root / "runs")
     with pytest.raises(UserError) as error:
         work.run("datasets.train.dataloader_num_workers=1")
@@ -793,6 +807,7 @@ def test_a_start_file_is_needed_where_there_is_no_complete_checkpoint(work: Work
     work.run("train.iterations=2")
     (work.folder() / "models" / "2_optimizerG.pth").unlink()
     (work.folder() / "models" / "2_state.json").unlink()  # as KAIR's own checkpoints, which have none
+    (work.folder() / "run.json").unlink()
     before = tree(work.folder() / "models")
     with pytest.raises(UserError, match=r"path\.pretrained_netG: there is no file zoo/G\.pth; put it there, or begin"):
         work.run("path.pretrained_netG=zoo/G.pth")

@@ -23,6 +23,7 @@ from data.select_dataset import define_Dataset
 from models.model_base import ModelBase, ModelSR
 from models.model_ranker import ModelRanker
 from models.select_model import define_Model
+from training.checkpoints import Checkpoints
 from training.command_line import training_options
 from training.progress import Progress
 from training.validate import validate, validate_ranker
@@ -31,7 +32,7 @@ from utils.utils_error import UserError
 from utils.utils_logger import close_file, setup
 from utils.utils_name import output_path, safe_name
 from utils.utils_option import DatasetOptions, Options, is_read, patch_size
-from utils.utils_resume import Checkpoints, saved_steps
+from utils.utils_resume import saved_steps
 from utils.utils_run import run_facts, save_json
 
 __all__ = ["train", "training_options"]
@@ -91,14 +92,20 @@ def _prepare(opt: Options, device: torch.device) -> _Run | None:
             f"datasets.train.dataloader_batch_size: {data.dataloader_batch_size} cannot be shared by {world_size} "
             f"processes; it counts the patches of all of them together"
         )
-    checkpoints = Checkpoints(opt.task_dir / "models", opt.train.checkpoint_keep)
+    if rank == 0:
+        _check_run_folder(opt.task_dir)
+    checkpoints = Checkpoints(
+        opt.task_dir / "models",
+        opt.train.checkpoint_keep,
+        opt.train.checkpoint_keep_every,
+        opt.train.checkpoint_keep_best,
+        opt.train.checkpoint_best_by,
+    )
     gone = _check_paths(opt)
     if gone and not saved_steps(checkpoints.folder):
         raise UserError(next(iter(gone.values())))
     if opt.unused:
         logger.info("accepted, but without meaning here: %s", ", ".join(opt.unused))
-    if rank == 0:
-        _check_run_folder(opt.task_dir)
     _check_memory(data, world_size)
     seed = opt.train.manual_seed
     if seed is None:
@@ -126,6 +133,7 @@ def _prepare(opt: Options, device: torch.device) -> _Run | None:
     utils_dist.highest(0, device)  # all have come through
     if rank == 0:
         _make_run_folder(opt, seed)
+        checkpoints.begin(step)
 
     images, batch = len(train_set), data.dataloader_batch_size
     logger.info("%s on %s: %s", opt.task, device, model.describe())
@@ -188,7 +196,7 @@ def _steps(run: _Run, loaded: Iterable[dict[str, object]], stop: "_StopSignals",
 
 
 def _validate(run: _Run, step: int, progress: Progress) -> float | None:
-    """Validate on every set; -> the first's PSNR or share of pairs in order, by which the best checkpoint is kept."""
+    """Validate on every set; -> the first's PSNR, SSIM or share of pairs in order: the best checkpoints are kept."""
     scores = []
     for name, test_set in run.test_sets.items():
         if isinstance(run.model, ModelRanker):
@@ -203,7 +211,7 @@ def _validate(run: _Run, step: int, progress: Progress) -> float | None:
         progress.scalars(f"val/{name}", result)
         if result:
             logger.info("step %d %s: PSNR %.2f dB, SSIM %.4f", step, name, result["psnr"], result["ssim"])
-            scores.append(result["psnr"])
+            scores.append(result[run.checkpoints.metric])
     progress.pause_over()
     return scores[0] if scores else None
 

@@ -1,0 +1,191 @@
+"""A run's checkpoints: going on from the newest that is whole, writing them, dropping old ones."""
+
+import logging
+import math
+import re
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from utils.utils_checkpoint import DamagedError, Fingerprint
+from utils.utils_error import UserError
+from utils.utils_resume import Run, never_saved, read_run, read_state, save_sealed, saved_steps
+
+logger = logging.getLogger(__name__)
+
+
+class Saved(Protocol):
+    """What a model offers to be saved: ``models.model_base.ModelBase``."""
+
+    def files(self, folder: Path, step: int) -> dict[str, Path]: ...
+    def save(self, folder: Path, step: int) -> dict[str, Fingerprint]: ...
+    def load(self, folder: Path, step: int, expected: Mapping[str, Fingerprint] | None = None) -> None: ...
+
+
+class Checkpoints:
+    """The folder ``models`` of a run; see ``utils_resume`` for its files.
+
+    A state holds, beside its manifest, the seed, this step's score and the best one so far; with the step and the seed,
+    everything random in a run is known.
+
+    Args:
+        folder: where they are.
+        keep: how many to keep besides those that ``every`` and ``best`` name; None = all.
+        every: keep steps that are multiples of this for good; None = none.
+        best: keep this many with the best scores.
+        metric: what the scores are; those of another one do not count.
+    """
+
+    def __init__(
+        self, folder: Path, keep: int | None, every: int | None = None, best: int = 1, metric: str = "psnr"
+    ) -> None:
+        self.folder, self.keep, self.every, self.best, self.metric = folder, keep, every, best, metric
+        self.state: dict[str, Any] = {}
+        self.run = read_run(folder)
+        self._named: set[tuple[int, str]] = set()
+
+    def _state(self, step: int) -> dict[str, Any]:
+        """{} where it is missing, as beside KAIR's own checkpoints, or damaged."""
+        try:
+            return self._sound(read_state(self.folder, step, self.run), step)
+        except DamagedError:
+            return {}
+
+    def _sound(self, state: dict[str, Any], step: int) -> dict[str, Any]:
+        """A state without what cannot be one's, which is named once: somebody has edited the file."""
+        for score, of_step in (("best_score", "best_step"), ("score", "step")):
+            if state.get(score, 0) is None and of_step in state:
+                state[score] = math.inf  # JSON has no infinity
+        best_score, best_step, seed = (state.get(key) for key in ("best_score", "best_step", "seed"))
+        wrong = {} if seed is None or (type(seed) is int and 0 <= seed < 2**32) else {"seed": seed}
+        pair = {"best_score": best_score, "best_step": best_step}
+        if pair != {"best_score": None, "best_step": None} and not (
+            _is_score(best_score) and type(best_step) is int and best_step >= 0
+        ):
+            wrong |= pair
+        if not _is_score(state.get("score", 0)):
+            wrong["score"] = state["score"]
+        for key, value in wrong.items():
+            if value is not None and (step, key) not in self._named:
+                self._named.add((step, key))
+                logger.warning("%d_state.json: %s cannot be %.50r: left out", step, key, value)
+        return {key: value for key, value in state.items() if key not in wrong}
+
+    def _score(self, step: int) -> float | None:
+        state = self._state(step)
+        return state.get("score") if state.get("metric") == self.metric else None
+
+    def seed(self) -> int | None:
+        """The seed of the run so far."""
+        states = map(self._state, saved_steps(self.folder))
+        return next((state["seed"] for state in states if state.get("seed") is not None), None)
+
+    def resume(self, model: Saved) -> int:
+        """Load the newest checkpoint that is whole; -> its step, 0 where there is none and never was one.
+
+        Raises:
+            UserError: there are checkpoints, but damaged or of another kind of run, which this one would write over.
+        """
+        newest = ""
+        steps = saved_steps(self.folder)
+        for step in steps:
+            files = model.files(self.folder, step)
+            try:
+                state = read_state(self.folder, step, self.run)
+                expected = state.get("files")
+                if missing := [path.name for path in files.values() if not path.is_file()]:
+                    raise DamagedError(f"no {', '.join(missing)}")
+                if expected and (other := [path.name for path in files.values() if path.name not in expected]):
+                    raise DamagedError(f"{', '.join(other)}: not in {step}_state.json")
+                model.load(self.folder, step, expected)
+            except DamagedError as error:
+                logger.warning("checkpoint %d cannot be used (%s): looking for an older one", step, error)
+                newest = newest or str(error)
+                continue
+            if not expected:
+                logger.info("checkpoint %d is of before there were manifests: nothing says that it is whole", step)
+            self.state = self._newest_state(step)
+            return step
+        if newest and not self._is_cut_off(steps, model):
+            raise UserError(
+                f"{self.folder}: holds checkpoints that this run cannot go on from ({newest}); choose another task, "
+                f"with path.pretrained_netG to start from their weights, or remove that folder"
+            )
+        return 0
+
+    def _is_cut_off(self, steps: list[int], model: Saved) -> bool:
+        """Whether the files are what a first save left that was cut off, before it wrote its state."""
+        if not never_saved(self.folder, self.run):
+            return False
+        # Of before there was a run.json: such a save leaves one step, without all of its files.
+        incomplete = any(not path.is_file() for path in model.files(self.folder, steps[0]).values())
+        return bool(self.run.run) or (len(steps) == 1 and incomplete)
+
+    def _newest_state(self, upto: int) -> dict[str, Any]:
+        """What goes on into the next states: of old sets, a state before may know what the newest lacks."""
+        states = (self._state(step) for step in saved_steps(self.folder) if step <= upto)
+        state = next((state for state in states if state), {})
+        if state.get("metric", "psnr") != self.metric:
+            state.pop("best_score", None), state.pop("best_step", None)
+        return state
+
+    def begin(self, step: int) -> None:
+        """Write down which run this is, before its first step after ``step``."""
+        path = self.folder.parent / "run.json"
+        bare_upto = min(self.run.bare_upto, step)
+        begun = Run(self.run.run or uuid.uuid4().hex, self.run.saved if step else 0, bare_upto)
+        if begun != self.run or not path.exists():
+            self.run = begun
+            begun.save(path)
+
+    def save(
+        self,
+        model: Saved,
+        step: int,
+        seed: int,
+        score: float | None,
+        others: Mapping[str, Fingerprint] | None = None,
+    ) -> None:
+        """Write a checkpoint, the state last; then drop old ones if asked to, never the best.
+
+        Args:
+            score: of this step, if it was validated: PSNR in dB, SSIM, or a ranker's share of pairs in order.
+            others: files of this step that are written already.
+        """
+        files = {**model.save(self.folder, step), **(others or {})}
+        state = {key: self.state[key] for key in ("best_score", "best_step") if key in self.state}
+        if score is not None and not math.isnan(score):
+            state["score"] = score
+            if state.get("best_score") is None or score >= state["best_score"]:
+                state.update(best_score=score, best_step=step)
+        state.update(metric=self.metric, step=step, seed=seed, run=self.run.run)
+        state["files"] = {name: fingerprint._asdict() for name, fingerprint in files.items()}
+        save_sealed(state, self.folder / f"{step}_state.json")
+        self.state = state
+        self.run = self.run._replace(saved=step)
+        self.run.save(self.folder.parent / "run.json")
+        logger.info("saved step %d in %s", step, self.folder)
+        if self.keep:
+            kept = self._kept(step)
+            for path in self.folder.iterdir():
+                # Of any kind of run: an average that is no longer made, say, would never be listed by this model.
+                of_step = re.fullmatch(r"(\d+)_(([GERD]|D_grad|optimizer\w+|pool\d+)\.pth|state\.json)", path.name)
+                if of_step and int(of_step[1]) <= step and int(of_step[1]) not in kept:
+                    path.unlink(missing_ok=True)
+
+    def _kept(self, step: int) -> set[int]:
+        """The steps to keep. A later one is what an interruption left: it must not push out what was just saved."""
+        steps = [n for n in saved_steps(self.folder) if n <= step]
+        kept = {*steps[: self.keep]}
+        if self.every:
+            kept |= {n for n in steps if n % self.every == 0}
+        if self.best:
+            scores = {n: score for n in steps if (score := self._score(n)) is not None}
+            kept |= {*sorted(scores, key=lambda n: (scores[n], n), reverse=True)[: self.best]}
+            kept |= {self.state["best_step"]} if "best_step" in self.state else set()
+        return kept
+
+
+def _is_score(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
