@@ -2,15 +2,23 @@
 
 import hashlib
 import json
+import multiprocessing
+import os
 import re
 import shutil
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.training import SSL, Workplace, assert_same, tree
+from training import lock as lock_module
 from training.checkpoints import Checkpoints
+from training.lock import LIMIT, FolderLock, remove_parts
 from utils.utils_checkpoint import DamagedError
 from utils.utils_error import UserError
 from utils.utils_resume import newest_generator, read_run, read_state
@@ -217,3 +225,179 @@ def test_none_of_the_best_need_be_kept(work: Workplace, monkeypatch) -> None:
     each = ("train.checkpoint_save=1", "train.checkpoint_test=1", "train.checkpoint_keep=1")
     work.run(*each, "train.checkpoint_keep_best=0", "train.iterations=2")
     assert kept(work) == [2]
+
+
+# ------------------------------------------------------------------------------------------------------- the lock
+
+
+def ended() -> int:
+    """The number of a process that has ended and been asked for its status."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def lock_of(path: Path, **changes: object) -> None:
+    """A lock as a process of this system has left it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**lock_module._identity(), **changes}))
+
+
+def test_a_folder_in_which_a_process_works_is_refused_in_one_line_and_untouched(work: Workplace) -> None:
+    work.folder().mkdir(parents=True)
+    with FolderLock(work.folder() / "run.lock") as lock:
+        lock.take()
+        before = tree(work.root / "runs")
+        with pytest.raises(UserError) as error:
+            work.run("train.iterations=2")
+        assert re.search(rf"process {os.getpid()} on {re.escape(socket.gethostname())} works in", str(error.value))
+        assert re.search(r"end it or choose another task.*or remove run\.lock$", str(error.value))
+        assert "\n" not in str(error.value)
+        assert tree(work.root / "runs") == before
+    work.run("train.iterations=2")
+    assert "done at step 2" in work.log()
+    assert not (work.folder() / "run.lock").exists()
+
+
+@pytest.mark.parametrize("fails", ["train.G_optimizer_lr=1e30", "datasets.train.dataroot_H=/nowhere"])
+def test_the_lock_is_gone_after_a_run_that_ended_in_an_error(work: Workplace, fails: str) -> None:
+    work.folder().mkdir(parents=True)
+    with pytest.raises(UserError):
+        work.run(fails)
+    assert not list(work.folder().glob("*.lock*"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there a process says when it began")
+def test_a_lock_of_a_dead_process_is_taken_over_with_a_word(tmp_path: Path, caplog) -> None:
+    path = tmp_path / "run.lock"
+    for changes, why in (({"pid": ended()}, "gone"), ({"started": "1"}, "that number is now another process's")):
+        lock_of(path, **changes)
+        with FolderLock(path) as lock:
+            lock.take()
+            assert f"taken over from process {changes.get('pid', os.getpid())} on" in caplog.messages[-1]
+            assert why in caplog.messages[-1]
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", '{"pid": "x"}'])
+def test_a_process_that_cannot_be_asked_for_is_dead_once_it_gives_no_sign_of_life(
+    tmp_path: Path, text: str | None, caplog
+) -> None:
+    path = tmp_path / "run.lock"
+    lock_of(path, host="elsewhere", system="elsewhere", pid=ended())
+    if text is not None:
+        path.write_text(text)
+    with FolderLock(path) as lock:
+        with pytest.raises(UserError, match=r"wait 3 minutes or remove run\.lock"):
+            lock.take()
+        past = time.time() - LIMIT - 60
+        os.utime(path, (past, past))
+        lock.take()
+        assert "no sign of life for 4 minutes" in caplog.messages[-1]
+
+
+def test_the_owner_gives_signs_of_life(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(lock_module, "BEAT", 0.01)
+    with FolderLock(tmp_path / "run.lock") as lock:
+        lock.take()
+        os.utime(lock.path, (0, 0))
+        end = time.monotonic() + 30
+        while lock.path.stat().st_mtime == 0:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+
+def test_the_next_attempt_of_a_job_takes_over_from_the_last(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    path = tmp_path / "run.lock"
+    for attempt, dead in (("2", False), ("3", True)):
+        lock_of(path, host="elsewhere", system="elsewhere", job="77 ", attempt=[2, 0])
+        monkeypatch.setenv("SLURM_RESTART_COUNT", attempt)
+        with FolderLock(path) as lock:
+            if dead:
+                lock.take()
+            else:
+                with pytest.raises(UserError, match="works in this folder"):
+                    lock.take()
+
+
+def test_an_owner_that_was_taken_for_dead_writes_nothing_more(tmp_path: Path) -> None:
+    with FolderLock(tmp_path / "run.lock") as lock:
+        lock.take()
+        lock.path.unlink()  # by hand
+        lock.check()
+        assert lock.path.exists()
+        lock_of(lock.path, host="elsewhere", system="elsewhere")
+        text = lock.path.read_text()
+        with pytest.raises(UserError, match="took this one for dead"):
+            lock.check()
+    assert lock.path.read_text() == text
+
+
+def _race(path: Path, barrier, won, end) -> None:
+    with FolderLock(path) as lock:
+        barrier.wait()
+        try:
+            lock.take()
+            won.put(os.getpid())
+        except UserError:
+            won.put(0)
+        end.wait()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes start in the same moment by a fork")
+@pytest.mark.parametrize("left", [False, True], ids=["no_lock", "of_a_dead_process"])
+def test_of_processes_that_start_in_the_same_moment_one_wins(tmp_path: Path, left: bool) -> None:
+    context = multiprocessing.get_context("fork")
+    for number in range(10):
+        path = tmp_path / f"{number}.lock"
+        if left:
+            lock_of(path, pid=ended())
+        barrier, won, end = context.Barrier(6), context.Queue(), context.Event()
+        racers = [context.Process(target=_race, args=(path, barrier, won, end)) for _ in range(6)]
+        for racer in racers:
+            racer.start()
+        results = [won.get(timeout=60) for _ in racers]
+        end.set()
+        for racer in racers:
+            racer.join()
+        assert sum(result > 0 for result in results) == 1, results
+        assert not path.exists()
+
+
+def test_of_two_trainings_that_begin_a_run_together_one_trains(work: Workplace) -> None:
+    command = [sys.executable, "main_train_psnr.py", "--opt", work.file(), "datasets.test=null"]
+    command += ["train.iterations=null", "train.checkpoint_save=100000"]
+    repository = Path(__file__).parent.parent
+    pipe = subprocess.PIPE
+    both = [subprocess.Popen(command, cwd=repository, stdout=pipe, stderr=pipe, text=True) for _ in range(2)]
+    try:
+        end = time.monotonic() + 100
+        while not (loser := next((process for process in both if process.poll() is not None), None)):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        _, err = loser.communicate()
+        assert loser.returncode == 2
+        assert re.fullmatch(r"error: .*(has just begun this run|works in this folder).*\n", err)
+        assert len(list((work.folder() / "options").glob("*_facts.txt"))) == 1
+    finally:
+        for process in both:
+            process.terminate()
+            process.communicate()
+
+
+# ----------------------------------------------------------------------------------------------------- left-over parts
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it is not known who lives")
+def test_parts_of_dead_processes_go_at_the_next_start_and_those_of_living_ones_stay(run: Workplace) -> None:
+    models = run.folder() / "models"
+    dead, alive = models / f".8_G.pth.{ended()}.part", models / f".8_E.pth.{os.getppid()}.part"
+    others = [models / ".8_G.pth.x.part", models / "8_G.pth.1.part"]
+    for path in (dead, alive, *others):
+        path.write_bytes(b"half")
+    run.run(*RUN, "train.iterations=7")
+    assert not dead.exists()
+    assert all(path.exists() for path in (alive, *others))
+    assert f"removed {dead}" in run.log()
+    remove_parts([models / "none"])

@@ -25,6 +25,7 @@ from models.model_ranker import ModelRanker
 from models.select_model import define_Model
 from training.checkpoints import Checkpoints
 from training.command_line import training_options
+from training.lock import FolderLock, remove_parts
 from training.progress import Progress
 from training.validate import validate, validate_ranker
 from utils import utils_dist
@@ -47,13 +48,15 @@ def train(opt: Options) -> None:
     ends the run after the step at hand, with a checkpoint.
 
     Raises:
-        UserError: data or checkpoints are missing or unusable, or a loss is not finite.
+        UserError: data or checkpoints are missing or unusable, another process works in the run's folder, or a loss is
+            not finite.
     """
     device = utils_dist.init(opt.gpu_ids)
     setup(quiet=utils_dist.rank() > 0)
     try:
-        with _StopSignals() as stop:
-            run = _prepare(opt, device)
+        with _StopSignals() as stop, FolderLock(opt.task_dir / "run.lock") as lock:
+            utils_dist.before_leaving(lock.release)
+            run = _prepare(opt, device, lock)
             if run is not None:
                 _loop(run, stop)
         stopped_by = utils_dist.highest(stop.received, device)  # and none leaves while another still works
@@ -81,9 +84,10 @@ class _Run:
     degrade: Degrader | None  # where the data set gives H alone
     test_sets: Mapping[str, Dataset]
     checkpoints: Checkpoints
+    lock: FolderLock  # of the run's folder, held by the first process
 
 
-def _prepare(opt: Options, device: torch.device) -> _Run | None:
+def _prepare(opt: Options, device: torch.device, lock: FolderLock) -> _Run | None:
     """Check and build everything, then make the run's folder; None where the run is at its end already."""
     data, rank, world_size = opt.train_set, utils_dist.rank(), utils_dist.world_size()
     assert data is not None
@@ -94,6 +98,8 @@ def _prepare(opt: Options, device: torch.device) -> _Run | None:
         )
     if rank == 0:
         _check_run_folder(opt.task_dir)
+        if opt.task_dir.exists():
+            lock.take()
     checkpoints = Checkpoints(
         opt.task_dir / "models",
         opt.train.checkpoint_keep,
@@ -132,7 +138,7 @@ def _prepare(opt: Options, device: torch.device) -> _Run | None:
             check_dataset(d)
     utils_dist.highest(0, device)  # all have come through
     if rank == 0:
-        _make_run_folder(opt, seed)
+        _make_run_folder(opt, seed, lock)
         checkpoints.begin(step)
 
     images, batch = len(train_set), data.dataloader_batch_size
@@ -145,7 +151,7 @@ def _prepare(opt: Options, device: torch.device) -> _Run | None:
     sampler = EndlessBatchSampler(images, batch, seed, data.dataloader_shuffle, step, rank, world_size)
     loader = training_loader(train_set, sampler, data.dataloader_num_workers, pin_memory=device.type == "cuda")
     degrade = Degrader(data, device) if data.degradation_device == "gpu" else None
-    return _Run(opt, device, seed, step, model, loader, degrade, test_sets, checkpoints)
+    return _Run(opt, device, seed, step, model, loader, degrade, test_sets, checkpoints, lock)
 
 
 def _loop(run: _Run, stop: "_StopSignals") -> None:
@@ -188,6 +194,7 @@ def _steps(run: _Run, loaded: Iterable[dict[str, object]], stop: "_StopSignals",
         if finished or stopping or step % train.checkpoint_save == 0:
             if utils_dist.rank() == 0:
                 with utils_dist.undisturbed():
+                    run.lock.check()
                     run.checkpoints.save(model, step, run.seed, score)
             progress.pause_over()
         if finished or stopping:
@@ -299,12 +306,22 @@ def _check_agreement(facts: Mapping[str, int], device: torch.device) -> None:
             )
 
 
-def _make_run_folder(opt: Options, seed: int) -> None:
+def _make_run_folder(opt: Options, seed: int, lock: FolderLock) -> None:
     """root/task/{models,images,options,tensorboard}, the resolved options and what they were run with."""
     try:
+        if not lock.is_held:  # there was no folder to lock when this process looked into it
+            opt.task_dir.parent.mkdir(parents=True, exist_ok=True)
+            opt.task_dir.mkdir()
+            lock.take()
+        remove_parts([opt.task_dir, *(opt.task_dir / name for name in _FOLDERS)])
         for name in _FOLDERS:
             (opt.task_dir / name).mkdir(parents=True, exist_ok=True)
         setup(opt.task_dir / _LOG)
+    except FileExistsError:
+        raise UserError(
+            f"{opt.task_dir}: another process has just begun this run; choose another task, or start again when it has "
+            f"ended"
+        ) from None
     except OSError as error:
         raise UserError(
             f"path.root: {opt.task_dir} cannot be written ({error.strerror}); set path.root=FOLDER"

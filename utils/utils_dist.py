@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Final, NamedTuple
@@ -354,7 +354,18 @@ def _tell_torchrun(error: BaseException) -> None:
             json.dump({"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}, file)
 
 
+_farewells: list[Callable[[], None]] = []
+
+
+def before_leaving(call: Callable[[], None]) -> None:
+    """Have this called where the process must leave without coming back to what has begun it."""
+    _farewells.append(call)
+
+
 def _leave(status: int) -> None:
+    for call in _farewells:
+        with suppress(Exception):
+            call()
     with suppress(Exception):
         sys.stdout.flush()
         sys.stderr.flush()
