@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -20,11 +21,13 @@ import torch
 from torch import nn
 
 from data import dataset_blindsr as blindsr
+from models.model_base import ModelBase
 from models.model_gan import ModelGAN
 from tests.conftest import REPOSITORY, photograph
 from tests.test_option import KAIR
 from tests.training import SSL, Workplace, assert_same, tree
 from training.checkpoints import Checkpoints
+from training.loop import _StopSignals
 from training.validate import validate
 from utils.utils_checkpoint import unwrap
 from utils.utils_error import UserError, run
@@ -34,6 +37,7 @@ from utils.utils_ssl import SelfSimilarityLoss, edge_mask
 
 GAN = ("model=gan", *SSL)
 LAST = (*GAN, "train.channels_last=true")
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 SPAWN = (  # what Windows and macOS do anyway
     "import torch.multiprocessing as m; m.set_start_method('spawn', force=True); "
     "import {} as script; from utils.utils_error import run; run(script.main)"
@@ -399,7 +403,7 @@ def test_weights_that_are_not_finite_are_not_saved(work: Workplace, tmp_path: Pa
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send to another process")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_to_the_whole_group_saves_and_the_run_can_go_on(work: Workplace, number: signal.Signals) -> None:
     # Spawned workers start with Python's own handlers; Ctrl-C in a terminal reaches them too.
     endless = ("train.iterations=null", "train.checkpoint_save=1000000", "datasets.test=null")
@@ -423,6 +427,22 @@ def test_a_signal_to_the_whole_group_saves_and_the_run_can_go_on(work: Workplace
     assert set(work.saved(step)) == {"G", "E", "optimizerG"}
     work.run(f"train.iterations={step + 1}")
     assert f"resumed at step {step}" in work.log()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+def test_a_schedulers_warning_makes_its_sigterm_no_second_signal_and_nohup_is_heeded() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received == 0
+            for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+            assert stop.received == signal.SIGUSR1
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # ------------------------------------------------------------------------------------------------- mistakes of the user
@@ -555,6 +575,54 @@ def test_trouble_of_a_reading_process_is_one_line(work: Workplace, monkeypatch, 
     with pytest.raises(SystemExit, match="2"):
         run(lambda: work.run("datasets.train.dataloader_num_workers=1", "datasets.test=null"))
     assert re.fullmatch(rf"error: .*{named}.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the stand-in is inherited by a fork")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_that_are_killed_cost_a_restart_of_them_and_nothing_else(
+    work: Workplace, monkeypatch, workers: int
+) -> None:
+    whole = ModelBase.update
+
+    def killed_in_a_step(self: ModelBase, current_step: int) -> None:
+        if current_step == 2:
+            for child in multiprocessing.active_children():
+                assert child.pid is not None
+                os.kill(child.pid, signal.SIGKILL)
+        whole(self, current_step)
+
+    # More steps than there can be batches that were handed over before.
+    last = ("train.iterations=12", "train.checkpoint_save=12", "datasets.test=null")
+    work.run(*last, "task=whole")
+    monkeypatch.setattr(ModelBase, "update", killed_in_a_step)
+    work.run(*last, f"datasets.train.dataloader_num_workers={workers}")
+    assert len(re.findall(r"reads images .*; all start anew \(1 of at most 3 times in a row\)", work.log())) == 1
+    assert_same(work.saved(12, "whole"), work.saved(12))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the stand-in is inherited by a fork")
+@pytest.mark.parametrize("times", [3, 4])
+def test_a_worker_may_die_three_times_in_a_row_at_one_image(work: Workplace, monkeypatch, times: int) -> None:
+    deaths = work.root / "deaths"
+    deaths.write_bytes(b"")
+
+    def trouble() -> None:
+        if deaths.stat().st_size < times:
+            with deaths.open("ab") as file:
+                file.write(b".")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(Worker, "trouble", staticmethod(trouble), raising=False)
+    work.run("task=whole", "datasets.test=null")
+    monkeypatch.setattr("data.select_dataset.DatasetBlindSR", Worker)
+    one = ("datasets.train.dataloader_num_workers=1", "datasets.test=null")
+    if times > 3:
+        with pytest.raises(UserError, match=r"reads images was stopped \(killed\)"):
+            work.run(*one)
+    else:
+        work.run(*one)
+        assert_same(work.saved(4, "whole"), work.saved(4))
+    assert work.log().count("start anew (") == 3
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the stand-in is inherited by a fork")

@@ -44,8 +44,8 @@ logger = logging.getLogger(__name__)
 def train(opt: Options) -> None:
     """Train to ``train.iterations``, going on from the newest complete checkpoint of the run if there is one.
 
-    Nothing is written before the options, the paths, the networks and the images have been checked. Ctrl-C or SIGTERM
-    ends the run after the step at hand, with a checkpoint.
+    Nothing is written before the options, the paths, the networks and the images have been checked. Ctrl-C, SIGTERM,
+    SIGHUP or SIGUSR1 ends the run after the step at hand, with a checkpoint and the status 128 + the signal's number.
 
     Raises:
         UserError: data or checkpoints are missing or unusable, another process works in the run's folder, or a loss is
@@ -336,21 +336,33 @@ def _make_run_folder(opt: Options, seed: int, lock: FolderLock) -> None:
     save_json({**run_facts(), "seed": seed}, opt.task_dir / "options" / f"{stamp}_facts.txt")
 
 
+# Windows has neither of the last two.
+_STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+
+
 class _StopSignals:
-    """Ctrl-C and SIGTERM are remembered until the loop looks; a second one ends the run at once."""
+    """A signal to stop is remembered until the loop looks; a second Ctrl-C or SIGTERM ends the run at once.
+
+    SIGHUP and SIGUSR1 are warnings, which a scheduler sends before its SIGTERM: they make no signal a second one.
+    """
 
     def __init__(self) -> None:
         self.received = 0
+        self._urged = False
 
     def _handle(self, number: int, _frame: object) -> None:
-        if self.received:
-            raise KeyboardInterrupt
-        self.received = number
+        if number in (signal.SIGINT, signal.SIGTERM):
+            if self._urged:
+                raise KeyboardInterrupt
+            self._urged = True
+        self.received = self.received or number
 
     def __enter__(self) -> "_StopSignals":
         self._restore = ExitStack()
         with suppress(ValueError):  # only the main thread may; elsewhere signals are somebody else's
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in _STOPS:
+                if number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) == signal.SIG_IGN:
+                    continue  # nohup: the run is to outlive its terminal
                 self._restore.callback(signal.signal, number, signal.signal(number, self._handle))
         return self
 
