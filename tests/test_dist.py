@@ -22,7 +22,7 @@ from data.dataset_blindsr import DatasetBlindSR
 from data.loader import SampleKey
 from models.model_base import ModelBase
 from tests.conftest import REPOSITORY, photograph
-from tests.training import SSL, Workplace, tree
+from tests.training import SSL, Workplace, assert_same, tree
 from training.loop import training_options
 from utils import utils_dist, utils_launch
 from utils.utils_error import UserError
@@ -91,7 +91,7 @@ def test_two_processes_with_half_the_batch_each_equal_one_process(work: Workplac
     assert scores[0][0] == scores[1][0]  # the processes share the images of the test set
 
 
-# ------------------------------------------------------------------------------------------------ mistakes, together
+# ---------------------------------------------------------------------------------------------------- forks as ranks
 
 
 class Ended(NamedTuple):
@@ -184,6 +184,28 @@ def raises_in(rank: int, error: BaseException, step: int = 2) -> Callable[..., d
         return dict(self.log)
 
     return current_log
+
+
+@forks
+def test_each_process_goes_on_with_its_own_pool_of_pairs(work: Workplace, processes: Processes) -> None:
+    pool = ("datasets.train.degradation_device=gpu", "datasets.train.pair_pool=2", "datasets.test=null")
+    for task, last in (("whole", 6), ("parts", 4), ("parts", 6)):
+        ended = processes(lambda rank: work.run(*pool, f"task={task}", f"train.iterations={last}"))  # noqa: B023
+        assert [e.status for e in ended] == [0, 0], ended
+    whole, parts = work.saved(6, "whole"), work.saved(6, "parts")
+    assert_same(whole, parts)
+    assert not torch.equal(whole["pool0"]["H"], whole["pool1"]["H"])
+    flip = work.folder("parts") / "models" / "6_pool1.pth"
+    flip.write_bytes(flip.read_bytes()[:-1] + b"x")
+    ended = processes(lambda rank: work.run(*pool, "task=parts", "train.iterations=6"))
+    assert [e.status for e in ended] == [0, 0], ended
+    assert "resumed at step 4" in ended[0].out  # the first process could read all of 6, the second could not
+    assert_same(whole, work.saved(6, "parts"))
+    work.run(*pool, "task=parts", "train.iterations=7")
+    assert "checkpoint 6 has pools of 2 processes, not of 1: it is filled anew" in work.log("parts")
+
+
+# ------------------------------------------------------------------------------------------------ mistakes, together
 
 
 @forks
@@ -305,6 +327,7 @@ def test_a_process_that_waits_where_nothing_wakes_it_leaves_too(
 
     monkeypatch.setattr(ModelBase, "current_log", current_log)
     one_line(processes(lambda rank: work.run("datasets.test=null")), "the second process's mistake", by=1)
+    assert not (work.folder() / "run.lock").exists()
 
 
 @forks

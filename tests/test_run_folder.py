@@ -90,6 +90,7 @@ WORDS = "is not what was written, its SHA-256 is another"
         (flipped("state.json"), r"6_state\.json: "),
         (lambda models: (models / "6_state.json").unlink(), r"no 6_state\.json"),
         (lambda models: (models / "6_E.pth").unlink(), r"no 6_E\.pth"),
+        (lambda models: (models / "6_G.pth").unlink(), r"no 6_G\.pth"),
         (shortened, r"6_G\.pth: has \d+ bytes, \d+ were written"),
         (copied("4_G.pth", "6_G.pth"), rf"6_G\.pth: {WORDS}"),
         (copied("4_state.json", "6_state.json"), r"6_state\.json: is of step 4"),
@@ -133,6 +134,7 @@ def test_a_damaged_run_json_is_named_and_the_run_goes_on(run: Workplace) -> None
         ("*_state.json", Path.unlink, r"no 6_state\.json"),
         ("*_state.json", lambda path: flip(path, 99), r"6_state\.json: "),
         ("*_D.pth", lambda path: flip(path, 999), rf"6_D\.pth: {WORDS}"),
+        ("*_G.pth", Path.unlink, r"no 6_G\.pth"),
     ],
 )
 def test_where_no_set_is_whole_the_run_stops_and_touches_nothing(

@@ -4,7 +4,7 @@ import logging
 import math
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,12 @@ class Saved(Protocol):
     def files(self, folder: Path, step: int) -> dict[str, Path]: ...
     def save(self, folder: Path, step: int) -> dict[str, Fingerprint]: ...
     def load(self, folder: Path, step: int, expected: Mapping[str, Fingerprint] | None = None) -> None: ...
+
+
+class Pool(Protocol):
+    """What else goes on from a checkpoint: ``data.degradations.select_degradation.Degrader``."""
+
+    def load(self, folder: Path, step: int, expected: Mapping[str, Fingerprint]) -> None: ...
 
 
 class Checkpoints:
@@ -81,14 +87,19 @@ class Checkpoints:
         states = map(self._state, saved_steps(self.folder))
         return next((state["seed"] for state in states if state.get("seed") is not None), None)
 
-    def resume(self, model: Saved) -> int:
+    def resume(self, model: Saved, pool: Pool | None = None, upto: float = math.inf) -> int:
         """Load the newest checkpoint that is whole; -> its step, 0 where there is none and never was one.
+
+        Args:
+            upto: the last step to look at.
 
         Raises:
             UserError: there are checkpoints, but damaged or of another kind of run, which this one would write over.
         """
         newest = ""
-        steps = saved_steps(self.folder)
+        states = (re.fullmatch(r"(0|[1-9]\d*)_state\.json", path.name) for path in self.folder.glob("*_state.json"))
+        found = {*saved_steps(self.folder), *(int(match[1]) for match in states if match)}
+        steps = sorted((step for step in found if step <= upto), reverse=True)
         for step in steps:
             files = model.files(self.folder, step)
             try:
@@ -99,6 +110,8 @@ class Checkpoints:
                 if expected and (other := [path.name for path in files.values() if path.name not in expected]):
                     raise DamagedError(f"{', '.join(other)}: not in {step}_state.json")
                 model.load(self.folder, step, expected)
+                if pool:
+                    pool.load(self.folder, step, expected or {})
             except DamagedError as error:
                 logger.warning("checkpoint %d cannot be used (%s): looking for an older one", step, error)
                 newest = newest or str(error)
@@ -139,21 +152,14 @@ class Checkpoints:
             self.run = begun
             begun.save(path)
 
-    def save(
-        self,
-        model: Saved,
-        step: int,
-        seed: int,
-        score: float | None,
-        others: Mapping[str, Fingerprint] | None = None,
-    ) -> None:
+    def save(self, model: Saved, step: int, seed: int, score: float | None, others: Iterable[str] = ()) -> None:
         """Write a checkpoint, the state last; then drop old ones if asked to, never the best.
 
         Args:
             score: of this step, if it was validated: PSNR in dB, SSIM, or a ranker's share of pairs in order.
-            others: files of this step that are written already.
+            others: names of files of this step that are written already.
         """
-        files = {**model.save(self.folder, step), **(others or {})}
+        files = model.save(self.folder, step) | {name: Fingerprint.of(self.folder / name) for name in others}
         state = {key: self.state[key] for key in ("best_score", "best_step") if key in self.state}
         if score is not None and not math.isnan(score):
             state["score"] = score

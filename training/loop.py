@@ -123,7 +123,11 @@ def _prepare(opt: Options, device: torch.device, lock: FolderLock) -> _Run | Non
     train_set = define_Dataset(data)
     test_sets = {name: define_Dataset(d) for name, d in opt.test_sets.items()}
     model = define_Model(opt.model_copy(update={"path": opt.path.model_copy(update=dict.fromkeys(gone))}), device)
-    step = checkpoints.resume(model)
+    degrade = Degrader(data, device) if data.degradation_device == "gpu" else None
+    step = checkpoints.resume(model, degrade)
+    lowest = -utils_dist.highest(-step, device)
+    if 0 < lowest < step:  # another process could not read its part of that one
+        step = checkpoints.resume(model, degrade, upto=lowest)
     for key, problem in gone.items():
         if not step:
             raise UserError(problem)
@@ -150,7 +154,6 @@ def _prepare(opt: Options, device: torch.device, lock: FolderLock) -> _Run | Non
     )
     sampler = EndlessBatchSampler(images, batch, seed, data.dataloader_shuffle, step, rank, world_size)
     loader = training_loader(train_set, sampler, data.dataloader_num_workers, pin_memory=device.type == "cuda")
-    degrade = Degrader(data, device) if data.degradation_device == "gpu" else None
     return _Run(opt, device, seed, step, model, loader, degrade, test_sets, checkpoints, lock)
 
 
@@ -192,14 +195,25 @@ def _steps(run: _Run, loaded: Iterable[dict[str, object]], stop: "_StopSignals",
         if run.test_sets and not stopping and (finished or step % train.checkpoint_test == 0):
             score = _validate(run, step, progress)
         if finished or stopping or step % train.checkpoint_save == 0:
-            if utils_dist.rank() == 0:
-                with utils_dist.undisturbed():
-                    run.lock.check()
-                    run.checkpoints.save(model, step, run.seed, score)
+            _save(run, step, score)
             progress.pause_over()
         if finished or stopping:
             break
     return step
+
+
+def _save(run: _Run, step: int, score: float | None) -> None:
+    """A checkpoint, written by the first process; each writes its own pool of pairs before."""
+    run.lock.check()
+    pools = []
+    if run.degrade:
+        with utils_dist.undisturbed():
+            pools = run.degrade.save(run.checkpoints.folder, step)
+    if pools:
+        utils_dist.highest(0, run.device)  # all have written theirs
+    if utils_dist.rank() == 0:
+        with utils_dist.undisturbed():
+            run.checkpoints.save(run.model, step, run.seed, score, pools)
 
 
 def _validate(run: _Run, step: int, progress: Progress) -> float | None:

@@ -141,7 +141,7 @@ class DatasetOptions(Section):
     pair_pool: Annotated[int, BeforeValidator(integral), Field(ge=0, le=65536)] = Field(
         0,
         description="degradation_device gpu: keep this many pairs and give out old ones for new, at random; "
-        "Real-ESRGAN: 180, for its batches shared their draws. Not in checkpoints: resumed runs differ. 0 = off",
+        "Real-ESRGAN: 180, for its batches shared their draws. Checkpoints hold the pool of each process. 0 = off",
     )
     use_sharp: bool = Field(
         False,
