@@ -205,6 +205,59 @@ def test_each_process_goes_on_with_its_own_pool_of_pairs(work: Workplace, proces
     assert "checkpoint 6 has pools of 2 processes, not of 1: it is filled anew" in work.log("parts")
 
 
+# What SLURM's commands do, for two processes of this machine.
+SLURM = {
+    "srun": """
+        for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & echo $! >> pids; all="$all $!"; done
+        status=0
+        for pid in $all; do wait $pid || status=$?; done
+        exit $status
+    """,
+    "scancel": 'test "$*" = "--signal=USR1 $SLURM_JOB_ID" && kill -USR1 $(cat pids)',
+    "scontrol": 'if [ "$1" = show ]; then printf "127.0.0.1\\nother\\n"; else echo "$*" > requeued; fi',
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="SLURM's systems")
+@pytest.mark.parametrize("ends", ["warned", "done"])
+def test_the_slurm_script_of_the_docs_saves_and_requeues_a_run_whose_time_is_up(work: Workplace, ends: str) -> None:
+    script = re.search(r"```bash\n(#!/bin/bash\n.*?)```", (REPOSITORY / "docs" / "scale.md").read_text(), re.DOTALL)
+    assert script
+    for name, text in SLURM.items():
+        (work.root / name).write_text(f"#!/bin/bash\n{text}")
+        (work.root / name).chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    last = "null" if ends == "warned" else "2"
+    command = f"{REPOSITORY}/main_train_psnr.py --opt {work.file()} datasets.test=null train.iterations={last}"
+    variables = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "x", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+    variables |= {"PATH": f"{work.root}:{os.environ['PATH']}", "PYTHON": sys.executable, "COMMAND": command}
+    text = script[1].replace("$((20000 + SLURM_JOB_ID % 20000))", str(port))
+    job = subprocess.Popen(
+        ["bash", "-c", text],
+        cwd=work.root,
+        env={**os.environ, **variables, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert job.stdout is not None
+    for line in job.stdout:
+        if line.startswith("step 2"):
+            break
+    if ends == "warned":
+        job.send_signal(signal.SIGUSR1)  # to the script alone, as --signal=B: does
+    out, err = job.communicate(timeout=100)
+    if ends == "done":
+        assert (job.returncode, (work.root / "requeued").exists()) == (0, False), err
+        return
+    assert job.returncode == 128 + signal.SIGUSR1, err
+    assert (work.root / "requeued").read_text() == "requeue 77\n"
+    step = int(re.search(r"stopped by a signal at step (\d+)", out)[1])
+    assert set(work.saved(step)) == {"G", "E", "optimizerG"}
+
+
 # ------------------------------------------------------------------------------------------------ mistakes, together
 
 
