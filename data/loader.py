@@ -157,7 +157,7 @@ def _deaf_children() -> Iterator[None]:
 
 
 def _send_home(iterator: Iterator[Any] | None) -> None:
-    if hasattr(iterator, "_shutdown_workers"):
+    if iterator is not None and hasattr(iterator, "_shutdown_workers"):
         iterator._shutdown_workers()
 
 

@@ -313,7 +313,7 @@ def test_the_next_attempt_of_a_job_takes_over_from_the_last(tmp_path: Path, monk
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     path = tmp_path / "run.lock"
     for attempt, dead in (("2", False), ("3", True)):
-        lock_of(path, host="elsewhere", system="elsewhere", job="77 ", attempt=[2, 0])
+        lock_of(path, host="elsewhere", system="elsewhere", job="77 ", attempt="000000002 000000000")
         monkeypatch.setenv("SLURM_RESTART_COUNT", attempt)
         with FolderLock(path) as lock:
             if dead:

@@ -6,7 +6,7 @@ import re
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 
 from utils.utils_checkpoint import DamagedError, Fingerprint
 from utils.utils_error import UserError
@@ -29,11 +29,18 @@ class Pool(Protocol):
     def load(self, folder: Path, step: int, expected: Mapping[str, Fingerprint]) -> None: ...
 
 
+class State(NamedTuple):
+    """What a set's ``{step}_state.json`` holds beside its manifest."""
+
+    seed: int | None = None  # with the step, all that is random in a run is known
+    metric: str = "psnr"
+    score: float | None = None  # of this step, if it was validated
+    best_score: float | None = None  # so far
+    best_step: int | None = None
+
+
 class Checkpoints:
     """The folder ``models`` of a run; see ``utils_resume`` for its files.
-
-    A state holds, beside its manifest, the seed, this step's score and the best one so far; with the step and the seed,
-    everything random in a run is known.
 
     Args:
         folder: where they are.
@@ -47,45 +54,43 @@ class Checkpoints:
         self, folder: Path, keep: int | None, every: int | None = None, best: int = 1, metric: str = "psnr"
     ) -> None:
         self.folder, self.keep, self.every, self.best, self.metric = folder, keep, every, best, metric
-        self.state: dict[str, Any] = {}
+        self.state = State()
         self.run = read_run(folder)
         self._named: set[tuple[int, str]] = set()
 
-    def _state(self, step: int) -> dict[str, Any]:
-        """{} where it is missing, as beside KAIR's own checkpoints, or damaged."""
-        try:
-            return self._sound(read_state(self.folder, step, self.run), step)
-        except DamagedError:
-            return {}
+    def _state(self, step: int) -> State | None:
+        """None where it is missing, as beside KAIR's own checkpoints, or damaged.
 
-    def _sound(self, state: dict[str, Any], step: int) -> dict[str, Any]:
-        """A state without what cannot be one's, which is named once: somebody has edited the file."""
-        for score, of_step in (("best_score", "best_step"), ("score", "step")):
-            if state.get(score, 0) is None and of_step in state:
-                state[score] = math.inf  # JSON has no infinity
-        best_score, best_step, seed = (state.get(key) for key in ("best_score", "best_step", "seed"))
+        What cannot be a state's is left out, and named once: somebody has edited the file.
+        """
+        try:
+            content = read_state(self.folder, step, self.run)
+        except DamagedError:
+            return None
+        if not content:
+            return None
+        for score in ("score", "best_score"):
+            if score in content and content[score] is None:
+                content[score] = math.inf  # JSON has no infinity
+        seed, best_score, best_step = (content.get(key) for key in ("seed", "best_score", "best_step"))
         wrong = {} if seed is None or (type(seed) is int and 0 <= seed < 2**32) else {"seed": seed}
-        pair = {"best_score": best_score, "best_step": best_step}
-        if pair != {"best_score": None, "best_step": None} and not (
+        if "score" in content and not _is_score(content["score"]):
+            wrong["score"] = content["score"]
+        if (best_score, best_step) != (None, None) and not (
             _is_score(best_score) and type(best_step) is int and best_step >= 0
         ):
-            wrong |= pair
-        if not _is_score(state.get("score", 0)):
-            wrong["score"] = state["score"]
+            wrong |= {"best_score": best_score, "best_step": best_step}
         for key, value in wrong.items():
             if value is not None and (step, key) not in self._named:
                 self._named.add((step, key))
                 logger.warning("%d_state.json: %s cannot be %.50r: left out", step, key, value)
-        return {key: value for key, value in state.items() if key not in wrong}
-
-    def _score(self, step: int) -> float | None:
-        state = self._state(step)
-        return state.get("score") if state.get("metric") == self.metric else None
+        known = {key: value for key, value in content.items() if key in State._fields and key not in wrong}
+        return State(**known)
 
     def seed(self) -> int | None:
         """The seed of the run so far."""
         states = map(self._state, saved_steps(self.folder))
-        return next((state["seed"] for state in states if state.get("seed") is not None), None)
+        return next((state.seed for state in states if state and state.seed is not None), None)
 
     def resume(self, model: Saved, pool: Pool | None = None, upto: float = math.inf) -> int:
         """Load the newest checkpoint that is whole; -> its step, 0 where there is none and never was one.
@@ -135,13 +140,11 @@ class Checkpoints:
         incomplete = any(not path.is_file() for path in model.files(self.folder, steps[0]).values())
         return bool(self.run.run) or (len(steps) == 1 and incomplete)
 
-    def _newest_state(self, upto: int) -> dict[str, Any]:
+    def _newest_state(self, upto: int) -> State:
         """What goes on into the next states: of old sets, a state before may know what the newest lacks."""
         states = (self._state(step) for step in saved_steps(self.folder) if step <= upto)
-        state = next((state for state in states if state), {})
-        if state.get("metric", "psnr") != self.metric:
-            state.pop("best_score", None), state.pop("best_step", None)
-        return state
+        state = next((state for state in states if state), State())
+        return state if state.metric == self.metric else state._replace(best_score=None, best_step=None)
 
     def begin(self, step: int) -> None:
         """Write down which run this is, before its first step after ``step``."""
@@ -160,14 +163,14 @@ class Checkpoints:
             others: names of files of this step that are written already.
         """
         files = model.save(self.folder, step) | {name: Fingerprint.of(self.folder / name) for name in others}
-        state = {key: self.state[key] for key in ("best_score", "best_step") if key in self.state}
+        state = self.state._replace(seed=seed, metric=self.metric, score=None)
         if score is not None and not math.isnan(score):
-            state["score"] = score
-            if state.get("best_score") is None or score >= state["best_score"]:
-                state.update(best_score=score, best_step=step)
-        state.update(metric=self.metric, step=step, seed=seed, run=self.run.run)
-        state["files"] = {name: fingerprint._asdict() for name, fingerprint in files.items()}
-        save_sealed(state, self.folder / f"{step}_state.json")
+            state = state._replace(score=score)
+            if state.best_score is None or score >= state.best_score:
+                state = state._replace(best_score=score, best_step=step)
+        content = {key: value for key, value in state._asdict().items() if value is not None}
+        content |= {"step": step, "run": self.run.run, "files": {name: file._asdict() for name, file in files.items()}}
+        save_sealed(content, self.folder / f"{step}_state.json")
         self.state = state
         self.run = self.run._replace(saved=step)
         self.run.save(self.folder.parent / "run.json")
@@ -187,9 +190,10 @@ class Checkpoints:
         if self.every:
             kept |= {n for n in steps if n % self.every == 0}
         if self.best:
-            scores = {n: score for n in steps if (score := self._score(n)) is not None}
-            kept |= {*sorted(scores, key=lambda n: (scores[n], n), reverse=True)[: self.best]}
-            kept |= {self.state["best_step"]} if "best_step" in self.state else set()
+            states = {n: state for n in steps if (state := self._state(n)) and state.metric == self.metric}
+            scores = [(state.score, n) for n, state in states.items() if state.score is not None]
+            kept |= {n for _, n in sorted(scores, reverse=True)[: self.best]}
+            kept |= {self.state.best_step} if self.state.best_step is not None else set()
         return kept
 
 

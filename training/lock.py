@@ -8,12 +8,11 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from utils.utils_error import UserError
 
@@ -132,16 +131,17 @@ class FolderLock:
             if self._read() == dead:
                 self.path.unlink()
 
-    def _why_dead(self, owner: dict[str, Any]) -> str | None:
+    def _why_dead(self, owner: Mapping[str, object]) -> str | None:
         """None where it is alive or may be."""
-        if owner.get("system") == _system() and isinstance(owner.get("pid"), int):
-            started = _started(owner["pid"])
+        pid, attempt = owner.get("pid"), owner.get("attempt")
+        if owner.get("system") == _system() and isinstance(pid, int):
+            started = _started(pid)
             if started == "":
                 return "that process is gone"
             if started and owner.get("started"):
                 return None if started == owner["started"] else "that number is now another process's"
         job = _job()
-        if job and owner.get("job") == job[0] and isinstance(owner.get("attempt"), list) and owner["attempt"] < job[1]:
+        if job and owner.get("job") == job[0] and isinstance(attempt, str) and attempt < job[1]:
             return "it is an earlier attempt of this job"
         age = self._age()
         return f"no sign of life for {age / 60:.0f} minutes" if age > LIMIT else None
@@ -165,8 +165,8 @@ class FolderLock:
                     os.utime(self.path)
 
 
-def _identity() -> dict[str, Any]:
-    job, attempt = _job() or ("", [])
+def _identity() -> dict[str, object]:
+    job, attempt = _job() or ("", "")
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -179,7 +179,7 @@ def _identity() -> dict[str, Any]:
     }
 
 
-def _parse(text: str) -> dict[str, Any]:
+def _parse(text: str) -> dict[str, object]:
     with suppress(ValueError, RecursionError):
         content = json.loads(text)
         if isinstance(content, dict):
@@ -213,15 +213,18 @@ def _started(pid: int) -> str | None:
     return None
 
 
-def _job() -> tuple[str, list[int]] | None:
-    """Which job of SLURM or torchrun this is part of, and its attempt: the next starts when the last has ended."""
+def _job() -> tuple[str, str] | None:
+    """Which job of SLURM or torchrun this is part of, and its attempt, in the order of the alphabet.
+
+    The next attempt starts when the last has ended.
+    """
     get = os.environ.get
     elastic = get("TORCHELASTIC_RUN_ID", "none")
     job = f"{get('SLURM_JOB_ID', '')} {'' if elastic == 'none' else elastic}"
     numbers = [get("SLURM_RESTART_COUNT", "0"), get("TORCHELASTIC_RESTART_COUNT", "0")]
     if not job.strip() or not all(number.isdecimal() for number in numbers):
         return None
-    return job, [int(number) for number in numbers]
+    return job, " ".join(number.zfill(9) for number in numbers)
 
 
 def remove_parts(folders: Iterable[Path]) -> None:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -435,7 +435,7 @@ def save_atomically(content: Any, path: str | Path) -> Fingerprint:
     try:
         with part.open("wb") as file:
             hashed = _Hashed(file)
-            torch.save(content, hashed)
+            torch.save(content, cast(IO[bytes], hashed))  # it only writes
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)

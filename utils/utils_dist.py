@@ -354,19 +354,19 @@ def _tell_torchrun(error: BaseException) -> None:
             json.dump({"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}, file)
 
 
-_farewells: list[Callable[[], None]] = []
+_farewell: Callable[[], None] | None = None
 
 
 def before_leaving(call: Callable[[], None]) -> None:
-    """Have this called where the process must leave without coming back to what has begun it."""
-    _farewells.append(call)
+    """Have this called where the process must leave without coming back to its caller; the last one counts."""
+    global _farewell
+    _farewell = call
 
 
 def _leave(status: int) -> None:
-    for call in _farewells:
-        with suppress(Exception):
-            call()
     with suppress(Exception):
+        if _farewell is not None:
+            _farewell()
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(status)
