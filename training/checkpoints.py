@@ -4,7 +4,7 @@ import logging
 import math
 import re
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -155,14 +155,21 @@ class Checkpoints:
             self.run = begun
             begun.save(path)
 
-    def save(self, model: Saved, step: int, seed: int, score: float | None, others: Iterable[str] = ()) -> None:
+    def save(
+        self,
+        model: Saved,
+        step: int,
+        seed: int,
+        score: float | None,
+        others: Mapping[str, Fingerprint] | None = None,
+    ) -> None:
         """Write a checkpoint, the state last; then drop old ones if asked to, never the best.
 
         Args:
             score: of this step, if it was validated: PSNR in dB, SSIM, or a ranker's share of pairs in order.
-            others: names of files of this step that are written already.
+            others: files of this step that are written already, by their names.
         """
-        files = model.save(self.folder, step) | {name: Fingerprint.of(self.folder / name) for name in others}
+        files = {**model.save(self.folder, step), **(others or {})}
         state = self.state._replace(seed=seed, metric=self.metric, score=None)
         if score is not None and not math.isnan(score):
             state = state._replace(score=score)

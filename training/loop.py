@@ -29,6 +29,7 @@ from training.lock import FolderLock, remove_parts
 from training.progress import Progress
 from training.validate import validate, validate_ranker
 from utils import utils_dist
+from utils.utils_checkpoint import Fingerprint
 from utils.utils_error import UserError
 from utils.utils_logger import close_file, setup
 from utils.utils_name import output_path, safe_name
@@ -205,12 +206,12 @@ def _steps(run: _Run, loaded: Iterable[dict[str, object]], stop: "_StopSignals",
 def _save(run: _Run, step: int, score: float | None) -> None:
     """A checkpoint, written by the first process; each writes its own pool of pairs before."""
     run.lock.check()
-    pools = []
+    pools: dict[str, Fingerprint] = {}
     if run.degrade:
         with utils_dist.undisturbed():
-            pools = run.degrade.save(run.checkpoints.folder, step)
-    if pools:
-        utils_dist.highest(0, run.device)  # all have written theirs
+            own = run.degrade.save(run.checkpoints.folder, step)
+        for pool in utils_dist.gathered(own):
+            pools |= pool
     if utils_dist.rank() == 0:
         with utils_dist.undisturbed():
             run.checkpoints.save(run.model, step, run.seed, score, pools)

@@ -39,18 +39,17 @@ class Fingerprint(NamedTuple):
     size: int  # bytes
     sha256: str  # hexadecimal
 
-    @classmethod
-    def of(cls, path: Path) -> "Fingerprint":
-        """Read a file of any size, a piece at a time; raises DamagedError where it cannot be read."""
+    def check(self, path: Path) -> None:
+        """Read a file of any size, a piece at a time.
+
+        Raises:
+            DamagedError: it is another one, or cannot be read.
+        """
         try:
             with path.open("rb") as file:
-                return cls(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+                self._compare(path, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
         except OSError as error:
             raise DamagedError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-    def check(self, path: Path) -> None:
-        """Raise DamagedError where a file is another one or cannot be read."""
-        self._compare(path, *Fingerprint.of(path))
 
     def read(self, path: Path) -> bytes:
         """The content of a file that is this one; raises as :meth:`check` does."""

@@ -16,13 +16,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from utils import utils_error
 from utils.utils_error import UserError
+
+T = TypeVar("T")
 
 JOIN_LIMIT = timedelta(minutes=5)  # for all to start and meet
 WORK_LIMIT = timedelta(hours=3)  # of one waiting for another: the first looks at every training image
@@ -400,6 +402,15 @@ def total(values: Mapping[str, float], device: torch.device) -> dict[str, float]
     tensor = tensor.to(device)
     dist.all_reduce(tensor)
     return dict(zip(values, tensor.tolist(), strict=True))
+
+
+def gathered(value: T) -> list[T]:
+    """The values of all processes, in their order; every process waits for the others here."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def from_main(value: int, device: torch.device) -> int:

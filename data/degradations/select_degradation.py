@@ -173,13 +173,12 @@ class Degrader:
             self.pool[name][index] = new
         return old
 
-    def save(self, folder: Path, step: int) -> list[str]:
-        """Write this process's pool into the folder of a checkpoint; -> the names of the files of all, none without."""
+    def save(self, folder: Path, step: int) -> dict[str, Fingerprint]:
+        """Write this process's pool into the folder of a checkpoint; -> what was written, by the file's name."""
         if not self.opt.pair_pool:
-            return []
-        pool = {name: pairs.cpu() for name, pairs in self.pool.items()}
-        save_atomically(pool, folder / _pool_name(step, utils_dist.rank()))
-        return [_pool_name(step, rank) for rank in range(utils_dist.world_size())]
+            return {}
+        name = _pool_name(step)
+        return {name: save_atomically({key: pairs.cpu() for key, pairs in self.pool.items()}, folder / name)}
 
     def load(self, folder: Path, step: int, expected: Mapping[str, Fingerprint]) -> None:
         """Go on with the pool of a checkpoint; where it has none for this number of processes it is filled anew.
@@ -200,13 +199,13 @@ class Degrader:
                 "checkpoint %d has %s: it is filled anew, the run differs from an undisturbed one", step, found
             )
             return
-        name = _pool_name(step, utils_dist.rank())
+        name = _pool_name(step)
         content = load_checkpoint_file(folder / name, expected[name])
         self.pool = {name: pairs[: self.opt.pair_pool].to(self.device) for name, pairs in content.items()}
 
 
-def _pool_name(step: int, rank: int) -> str:
-    return f"{step}_pool{rank}.pth"
+def _pool_name(step: int) -> str:
+    return f"{step}_pool{utils_dist.rank()}.pth"
 
 
 def _form(images: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
