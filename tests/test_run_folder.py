@@ -21,6 +21,7 @@ from training.checkpoints import Checkpoints
 from training.lock import LIMIT, FolderLock, remove_parts
 from utils.utils_checkpoint import DamagedError
 from utils.utils_error import UserError
+from utils.utils_option import parse
 from utils.utils_resume import newest_generator, read_run, read_state
 
 RUN = ("model=gan", *SSL, "train.iterations=6", "datasets.test=null")
@@ -219,6 +220,16 @@ def test_the_last_every_nth_and_the_best_by_a_metric_are_kept(work: Workplace, m
     assert kept(work) == [3, 4, 5, 6]
     work.run(*each, "train.iterations=7", "datasets.test=null")  # the best by SSIM is not the best by PSNR
     assert kept(work) == [7]
+
+
+def test_what_is_kept_besides_means_nothing_where_all_are_kept(work: Workplace) -> None:
+    ours = ("train.checkpoint_keep_every=4", "train.checkpoint_keep_best=2")
+    assert set(parse(work.file(), overrides=ours).unused) >= {
+        "train.checkpoint_keep_every",
+        "train.checkpoint_keep_best",
+    }
+    unused = parse(work.file(), overrides=(*ours, "train.checkpoint_keep=1")).unused
+    assert not [key for key in unused if "checkpoint" in key]
 
 
 def test_none_of_the_best_need_be_kept(work: Workplace, monkeypatch) -> None:
