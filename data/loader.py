@@ -63,8 +63,8 @@ class EndlessBatchSampler(Sampler[list[SampleKey]]):
             first += self.batch_size
 
 
-# Windows has neither of the last two.
-_TO_STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+# To end a run in good order; Windows has neither of the last two.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
 def _init_worker(_: int) -> None:
@@ -74,7 +74,7 @@ def _init_worker(_: int) -> None:
     torch.set_num_threads(1)
     # Ctrl-C and a scheduler's signals reach the whole group of processes: the main one ends its step, saves and then
     # sends its workers home; if it dies they notice by themselves.
-    for number in _TO_STOP:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "SIGBUS"):  # /dev/shm is full: the main process says it, PyTorch's handler would too
         signal.signal(signal.SIGBUS, signal.SIG_DFL)
@@ -149,7 +149,7 @@ def _deaf_children() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _TO_STOP)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:

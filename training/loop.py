@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.check import check_dataset
 from data.degradations.select_degradation import Degrader
-from data.loader import EndlessBatchSampler, batches, training_loader
+from data.loader import STOP_SIGNALS, EndlessBatchSampler, batches, training_loader
 from data.select_dataset import define_Dataset
 from models.model_base import ModelBase, ModelSR
 from models.model_ranker import ModelRanker
@@ -351,10 +351,6 @@ def _make_run_folder(opt: Options, seed: int, lock: FolderLock) -> None:
     save_json({**run_facts(), "seed": seed}, opt.task_dir / "options" / f"{stamp}_facts.txt")
 
 
-# Windows has neither of the last two.
-_STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-
-
 class _StopSignals:
     """A signal to stop is remembered until the loop looks; a second Ctrl-C or SIGTERM ends the run at once.
 
@@ -375,7 +371,7 @@ class _StopSignals:
     def __enter__(self) -> "_StopSignals":
         self._restore = ExitStack()
         with suppress(ValueError):  # only the main thread may; elsewhere signals are somebody else's
-            for number in _STOPS:
+            for number in STOP_SIGNALS:
                 if number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) == signal.SIG_IGN:
                     continue  # nohup: the run is to outlive its terminal
                 self._restore.callback(signal.signal, number, signal.signal(number, self._handle))
