@@ -21,7 +21,14 @@ from models.network_spsr import GradientMap, SPSROutput
 from models.precision import autocast, in_float32, of_many_sizes, training_layout, warn_if_slow
 from models.select_network import define_G, define_R
 from utils import utils_dist
-from utils.utils_checkpoint import load_checkpoint_file, load_network, save_atomically, save_network, unwrap
+from utils.utils_checkpoint import (
+    Fingerprint,
+    load_checkpoint_file,
+    load_network,
+    save_atomically,
+    save_network,
+    unwrap,
+)
 from utils.utils_error import UserError
 from utils.utils_option import Options
 from utils.utils_option_sections import Side
@@ -123,8 +130,8 @@ class ModelBase:
         names = [*self.networks, *(f"optimizer{name}" for name in self.optimizers)]
         return {name: folder / f"{step}_{name}.pth" for name in names}
 
-    def save(self, folder: Path, step: int) -> None:
-        """Write all files of a checkpoint, each of them atomically.
+    def save(self, folder: Path, step: int) -> dict[str, Fingerprint]:
+        """Write all files of a checkpoint, each of them atomically; -> what was written, by the files' names.
 
         Raises:
             UserError: weights are NaN, infinite or so large that the output is; nothing is written then.
@@ -135,31 +142,42 @@ class ModelBase:
                     f"step {step}: weights or output of net{name} are not finite, this step is not saved; lower "
                     f"train.{_side(name)}_optimizer_lr, then start again to go on from the last checkpoint"
                 )
+        written = {}
         for name, path in self.files(folder, step).items():
             if name in self.networks:
-                save_network(self.networks[name], path)
+                written[path.name] = save_network(self.networks[name], path)
             else:
                 of = name.removeprefix("optimizer")
                 state: dict[str, Any] = dict(self.optimizers[of].state_dict())
                 if self.scalers[of].is_enabled():
                     state["scaler"] = self.scalers[of].state_dict()
-                save_atomically(state, path)
+                written[path.name] = save_atomically(state, path)
+        return written
 
     def _is_sound(self, name: str) -> bool:
         """Whether a network can be used: all its weights are finite."""
         return all(bool(p.isfinite().all()) for p in unwrap(self.networks[name]).parameters())
 
-    def load(self, folder: Path, step: int) -> None:
-        """Go on from a checkpoint of :meth:`save`."""
+    def load(self, folder: Path, step: int, expected: Mapping[str, Fingerprint] | None = None) -> None:
+        """Go on from a checkpoint of :meth:`save`.
+
+        Args:
+            expected: what it wrote; None = not known, of a checkpoint of before it was kept.
+
+        Raises:
+            DamagedError: a file cannot be read or is another one; what was loaded before it has stayed.
+            UserError: a file does not fit this run.
+        """
         for name, path in self.files(folder, step).items():
+            fingerprint = expected[path.name] if expected else None
             if name in self.networks:
-                load_network(path, self.networks[name], strict=True)
+                load_network(path, self.networks[name], strict=True, expected=fingerprint)
                 continue
             of = name.removeprefix("optimizer")
             optimizer = self.optimizers[of]
             settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             try:
-                state = load_checkpoint_file(path)
+                state = load_checkpoint_file(path, fingerprint)
                 scaler = state.pop("scaler", None)  # of the same run in another precision: none, or of no use
                 if scaler and self.scalers[of].is_enabled():
                     self.scalers[of].load_state_dict(scaler)

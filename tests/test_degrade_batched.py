@@ -442,6 +442,44 @@ def test_training_against_the_sharpened_H_with_a_pool(work):
     assert "done at step 4" in work.log()
 
 
+POOL = (
+    "model=plain",
+    "datasets.train.degradation_device=gpu",
+    "datasets.train.pair_pool=4",
+    "train.iterations=8",
+    "datasets.test=null",
+)
+
+
+def test_a_resumed_run_with_a_pool_equals_the_uninterrupted_one(work):
+    work.run(*POOL, "task=whole")
+    for last in (1, 4, 8):  # while it is being filled, and when pairs have changed places
+        work.run(*POOL, "task=parts", f"train.iterations={last}")
+    assert_same(work.saved(8, "whole"), work.saved(8, "parts"))
+    assert len(work.saved(1, "parts")["pool0"]["L"]) == 2
+    assert len(work.saved(8, "parts")["pool0"]["H"]) == 4
+    pool = work.folder("parts") / "models" / "8_pool0.pth"
+    pool.write_bytes(pool.read_bytes()[:-1] + b"x")
+    work.run(*POOL, "task=parts")
+    assert "checkpoint 8 cannot be used" in work.log("parts")
+    assert "resumed at step 6" in work.log("parts")
+    assert_same(work.saved(8, "whole"), work.saved(8, "parts"))
+
+
+def test_a_pool_is_filled_anew_with_a_word_where_there_is_none_that_fits(work):
+    work.run(*POOL, "datasets.train.pair_pool=0", "train.iterations=2")
+    work.run(*POOL, "train.iterations=4")
+    assert "checkpoint 2 has no pool: it is filled anew" in work.log()
+    work.run(*POOL, "datasets.train.H_size=24")
+    assert "the options make other pairs than those of the pool: it is filled anew" in work.log()
+    assert work.saved(8)["pool0"]["H"].shape == (4, 3, 24, 24)
+
+
+def test_the_pool_of_a_checkpoint_is_dropped_with_it(work):
+    work.run(*POOL, "train.checkpoint_keep=1")
+    assert {path.name.split("_")[0] for path in (work.folder() / "models").iterdir()} == {"8"}
+
+
 # ---------------------------------------------------------------------------------------------- one image, for a file
 
 

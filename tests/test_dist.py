@@ -22,7 +22,7 @@ from data.dataset_blindsr import DatasetBlindSR
 from data.loader import SampleKey
 from models.model_base import ModelBase
 from tests.conftest import REPOSITORY, photograph
-from tests.training import SSL, Workplace, tree
+from tests.training import SSL, Workplace, assert_same, tree
 from training.loop import training_options
 from utils import utils_dist, utils_launch
 from utils.utils_error import UserError
@@ -91,7 +91,7 @@ def test_two_processes_with_half_the_batch_each_equal_one_process(work: Workplac
     assert scores[0][0] == scores[1][0]  # the processes share the images of the test set
 
 
-# ------------------------------------------------------------------------------------------------ mistakes, together
+# ---------------------------------------------------------------------------------------------------- forks as ranks
 
 
 class Ended(NamedTuple):
@@ -184,6 +184,81 @@ def raises_in(rank: int, error: BaseException, step: int = 2) -> Callable[..., d
         return dict(self.log)
 
     return current_log
+
+
+@forks
+def test_each_process_goes_on_with_its_own_pool_of_pairs(work: Workplace, processes: Processes) -> None:
+    pool = ("datasets.train.degradation_device=gpu", "datasets.train.pair_pool=2", "datasets.test=null")
+    for task, last in (("whole", 6), ("parts", 4), ("parts", 6)):
+        ended = processes(lambda rank: work.run(*pool, f"task={task}", f"train.iterations={last}"))  # noqa: B023
+        assert [e.status for e in ended] == [0, 0], ended
+    whole, parts = work.saved(6, "whole"), work.saved(6, "parts")
+    assert_same(whole, parts)
+    assert not torch.equal(whole["pool0"]["H"], whole["pool1"]["H"])
+    flip = work.folder("parts") / "models" / "6_pool1.pth"
+    flip.write_bytes(flip.read_bytes()[:-1] + b"x")
+    ended = processes(lambda rank: work.run(*pool, "task=parts", "train.iterations=6"))
+    assert [e.status for e in ended] == [0, 0], ended
+    assert "resumed at step 4" in ended[0].out  # the first process could read all of 6, the second could not
+    assert_same(whole, work.saved(6, "parts"))
+    work.run(*pool, "task=parts", "train.iterations=7")
+    assert "checkpoint 6 has pools of 2 processes, not of 1: it is filled anew" in work.log("parts")
+
+
+# What SLURM's commands do, for two processes of this machine.
+SLURM = {
+    "srun": """
+        for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & echo $! >> pids; all="$all $!"; done
+        status=0
+        for pid in $all; do wait $pid || status=$?; done
+        exit $status
+    """,
+    "scancel": 'test "$*" = "--signal=USR1 $SLURM_JOB_ID" && kill -USR1 $(cat pids)',
+    "scontrol": 'if [ "$1" = show ]; then printf "127.0.0.1\\nother\\n"; else echo "$*" > requeued; fi',
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="SLURM's systems")
+@pytest.mark.parametrize("ends", ["warned", "done"])
+def test_the_slurm_script_of_the_docs_saves_and_requeues_a_run_whose_time_is_up(work: Workplace, ends: str) -> None:
+    script = re.search(r"```bash\n(#!/bin/bash\n.*?)```", (REPOSITORY / "docs" / "scale.md").read_text(), re.DOTALL)
+    assert script
+    for name, text in SLURM.items():
+        (work.root / name).write_text(f"#!/bin/bash\n{text}")
+        (work.root / name).chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    last = "null" if ends == "warned" else "2"
+    command = f"{REPOSITORY}/main_train_psnr.py --opt {work.file()} datasets.test=null train.iterations={last}"
+    variables = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "x", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+    variables |= {"PATH": f"{work.root}:{os.environ['PATH']}", "PYTHON": sys.executable, "COMMAND": command}
+    text = script[1].replace("$((20000 + SLURM_JOB_ID % 20000))", str(port))
+    job = subprocess.Popen(
+        ["bash", "-c", text],
+        cwd=work.root,
+        env={**os.environ, **variables, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert job.stdout is not None
+    for line in job.stdout:
+        if line.startswith("step 2"):
+            break
+    if ends == "warned":
+        job.send_signal(signal.SIGUSR1)  # to the script alone, as --signal=B: does
+    out, err = job.communicate(timeout=100)
+    if ends == "done":
+        assert (job.returncode, (work.root / "requeued").exists()) == (0, False), err
+        return
+    assert job.returncode == 128 + signal.SIGUSR1, err
+    assert (work.root / "requeued").read_text() == "requeue 77\n"
+    step = int(re.search(r"stopped by a signal at step (\d+)", out)[1])
+    assert set(work.saved(step)) == {"G", "E", "optimizerG"}
+
+
+# ------------------------------------------------------------------------------------------------ mistakes, together
 
 
 @forks
@@ -305,6 +380,7 @@ def test_a_process_that_waits_where_nothing_wakes_it_leaves_too(
 
     monkeypatch.setattr(ModelBase, "current_log", current_log)
     one_line(processes(lambda rank: work.run("datasets.test=null")), "the second process's mistake", by=1)
+    assert not (work.folder() / "run.lock").exists()
 
 
 @forks

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -20,19 +21,23 @@ import torch
 from torch import nn
 
 from data import dataset_blindsr as blindsr
+from models.model_base import ModelBase
 from models.model_gan import ModelGAN
 from tests.conftest import REPOSITORY, photograph
 from tests.test_option import KAIR
 from tests.training import SSL, Workplace, assert_same, tree
+from training.checkpoints import Checkpoints
+from training.loop import _StopSignals
 from training.validate import validate
 from utils.utils_checkpoint import unwrap
 from utils.utils_error import UserError, run
 from utils.utils_image import imread_uint, imsave
-from utils.utils_resume import Checkpoints, newest_generator
+from utils.utils_resume import newest_generator
 from utils.utils_ssl import SelfSimilarityLoss, edge_mask
 
 GAN = ("model=gan", *SSL)
 LAST = (*GAN, "train.channels_last=true")
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 SPAWN = (  # what Windows and macOS do anyway
     "import torch.multiprocessing as m; m.set_start_method('spawn', force=True); "
     "import {} as script; from utils.utils_error import run; run(script.main)"
@@ -89,12 +94,23 @@ def test_a_damaged_newest_checkpoint_is_passed_over(work: Workplace) -> None:
     assert_same(work.saved(6, "whole"), work.saved(6))
 
 
-def test_a_checkpoint_is_complete_without_its_state_and_keeps_seed_and_best(work: Workplace) -> None:
+def forget_manifests(folder: Path) -> None:
+    """Make a run's folder one of a version that wrote no manifests."""
+    (folder / "run.json").unlink()
+    for path in (folder / "models").glob("*_state.json"):
+        state = json.loads(path.read_text())
+        old = {key: state[key] for key in ("best_score", "best_step", "step", "seed") if key in state}
+        path.write_text(json.dumps(old, indent=2))
+
+
+def test_a_set_of_before_manifests_is_complete_without_its_state_and_keeps_seed_and_best(work: Workplace) -> None:
     work.run("train.checkpoint_test=2", "train.manual_seed=null")
+    forget_manifests(work.folder())
     before = json.loads((work.folder() / "models" / "4_state.json").read_text())
     (work.folder() / "models" / "4_state.json").unlink()
     work.run("train.checkpoint_test=1000", "train.manual_seed=null", "train.iterations=5", "datasets.test=null")
     after = json.loads((work.folder() / "models" / "5_state.json").read_text())
+    assert "checkpoint 4 is of before there were manifests" in work.log()
     assert "resumed at step 4" in work.log()
     assert after["seed"] == before["seed"]
     assert "best_step" in after
@@ -187,6 +203,7 @@ def test_a_run_leaves_kairs_files_a_log_a_grid_and_a_board(work: Workplace) -> N
         *(f"images/test_{s:08d}.png" for s in (2, 4)),
         "options/TIME.json",
         "options/TIME_facts.txt",
+        "run.json",
         "train.log",
     }
     # One row an image, L, E and H side by side; the wider of the two images sets the width.
@@ -295,6 +312,7 @@ def test_validation_without_memory_names_smaller_tiles(work: Workplace, monkeypa
 
 def test_an_optimizer_file_of_something_else_is_one_line(work: Workplace) -> None:
     work.run("train.iterations=2", "datasets.test=null")
+    forget_manifests(work.folder())
     path = work.folder() / "models" / "2_optimizerG.pth"
     good = torch.load(path, weights_only=True)
     turned = {**good["state"], 0: {**good["state"][0], "exp_avg": torch.zeros(3, 3)}}
@@ -385,7 +403,7 @@ def test_weights_that_are_not_finite_are_not_saved(work: Workplace, tmp_path: Pa
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send to another process")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_to_the_whole_group_saves_and_the_run_can_go_on(work: Workplace, number: signal.Signals) -> None:
     # Spawned workers start with Python's own handlers; Ctrl-C in a terminal reaches them too.
     endless = ("train.iterations=null", "train.checkpoint_save=1000000", "datasets.test=null")
@@ -409,6 +427,22 @@ def test_a_signal_to_the_whole_group_saves_and_the_run_can_go_on(work: Workplace
     assert set(work.saved(step)) == {"G", "E", "optimizerG"}
     work.run(f"train.iterations={step + 1}")
     assert f"resumed at step {step}" in work.log()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+def test_a_schedulers_warning_makes_its_sigterm_no_second_signal_and_nohup_is_heeded() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received == 0
+            for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+            assert stop.received == signal.SIGUSR1
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # ------------------------------------------------------------------------------------------------- mistakes of the user
@@ -491,7 +525,7 @@ def test_images_that_cannot_be_read_are_named_and_others_take_their_place(work: 
 
 
 def test_an_image_that_breaks_while_training_is_one_line_from_a_worker_too(work: Workplace, monkeypatch) -> None:
-    monkeypatch.setattr("training.loop._make_run_folder", lambda opt, seed: _break_images(work))
+    monkeypatch.setattr("training.loop._make_run_folder", lambda *a: _break_images(work))
     work.options["path"]["root"] = str(work.root / "runs")
     with pytest.raises(UserError) as error:
         work.run("datasets.train.dataloader_num_workers=1")
@@ -541,6 +575,54 @@ def test_trouble_of_a_reading_process_is_one_line(work: Workplace, monkeypatch, 
     with pytest.raises(SystemExit, match="2"):
         run(lambda: work.run("datasets.train.dataloader_num_workers=1", "datasets.test=null"))
     assert re.fullmatch(rf"error: .*{named}.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the stand-in is inherited by a fork")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_that_are_killed_cost_a_restart_of_them_and_nothing_else(
+    work: Workplace, monkeypatch, workers: int
+) -> None:
+    whole = ModelBase.update
+
+    def killed_in_a_step(self: ModelBase, current_step: int) -> None:
+        if current_step == 2:
+            for child in multiprocessing.active_children():
+                assert child.pid is not None
+                os.kill(child.pid, signal.SIGKILL)
+        whole(self, current_step)
+
+    # More steps than there can be batches that were handed over before.
+    last = ("train.iterations=12", "train.checkpoint_save=12", "datasets.test=null")
+    work.run(*last, "task=whole")
+    monkeypatch.setattr(ModelBase, "update", killed_in_a_step)
+    work.run(*last, f"datasets.train.dataloader_num_workers={workers}")
+    assert len(re.findall(r"reads images .*; all start anew \(1 of at most 3 times in a row\)", work.log())) == 1
+    assert_same(work.saved(12, "whole"), work.saved(12))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the stand-in is inherited by a fork")
+@pytest.mark.parametrize("times", [3, 4])
+def test_a_worker_may_die_three_times_in_a_row_at_one_image(work: Workplace, monkeypatch, times: int) -> None:
+    deaths = work.root / "deaths"
+    deaths.write_bytes(b"")
+
+    def trouble() -> None:
+        if deaths.stat().st_size < times:
+            with deaths.open("ab") as file:
+                file.write(b".")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(Worker, "trouble", staticmethod(trouble), raising=False)
+    work.run("task=whole", "datasets.test=null")
+    monkeypatch.setattr("data.select_dataset.DatasetBlindSR", Worker)
+    one = ("datasets.train.dataloader_num_workers=1", "datasets.test=null")
+    if times > 3:
+        with pytest.raises(UserError, match=r"reads images was stopped \(killed\)"):
+            work.run(*one)
+    else:
+        work.run(*one)
+        assert_same(work.saved(4, "whole"), work.saved(4))
+    assert work.log().count("start anew (") == 3
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the stand-in is inherited by a fork")
@@ -793,6 +875,7 @@ def test_a_start_file_is_needed_where_there_is_no_complete_checkpoint(work: Work
     work.run("train.iterations=2")
     (work.folder() / "models" / "2_optimizerG.pth").unlink()
     (work.folder() / "models" / "2_state.json").unlink()  # as KAIR's own checkpoints, which have none
+    (work.folder() / "run.json").unlink()
     before = tree(work.folder() / "models")
     with pytest.raises(UserError, match=r"path\.pretrained_netG: there is no file zoo/G\.pth; put it there, or begin"):
         work.run("path.pretrained_netG=zoo/G.pth")

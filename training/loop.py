@@ -19,23 +19,26 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.check import check_dataset
 from data.degradations.select_degradation import Degrader
-from data.loader import EndlessBatchSampler, ahead, batches, training_loader
+from data.loader import STOP_SIGNALS, EndlessBatchSampler, ahead, batches, training_loader
 from data.select_dataset import define_Dataset
 from models.model_base import ModelBase, ModelSR
 from models.model_ranker import ModelRanker
 from models.precision import set_up
 from models.select_model import define_Model
+from training.checkpoints import Checkpoints
 from training.command_line import training_options
 from training.dry_run import rehearse
 from training.failure import told_in_one_line
+from training.lock import FolderLock, remove_parts
 from training.progress import Progress
 from training.validate import validate, validate_ranker
 from utils import utils_dist
+from utils.utils_checkpoint import Fingerprint
 from utils.utils_error import UserError
 from utils.utils_logger import close_file, setup
 from utils.utils_name import output_path, safe_name
 from utils.utils_option import DatasetOptions, Options, is_read, patch_size
-from utils.utils_resume import Checkpoints, saved_steps
+from utils.utils_resume import saved_steps
 from utils.utils_run import run_facts, save_json
 
 __all__ = ["train", "training_options"]
@@ -46,15 +49,16 @@ logger = logging.getLogger(__name__)
 def train(opt: Options, dry_run: bool = False) -> None:
     """Train to ``train.iterations``, going on from the newest complete checkpoint of the run if there is one.
 
-    Nothing is written before the options, the paths, the networks and the images have been checked. Ctrl-C or SIGTERM
-    ends the run after the step at hand, with a checkpoint.
+    Nothing is written before the options, the paths, the networks and the images have been checked. Ctrl-C, SIGTERM,
+    SIGHUP or SIGUSR1 ends the run after the step at hand, with a checkpoint and the status 128 + the signal's number.
 
     Args:
         opt: resolved options.
         dry_run: from the same checkpoint only :func:`training.dry_run.rehearse`; nothing is written.
 
     Raises:
-        UserError: data or checkpoints are missing or unusable, or a loss is not finite.
+        UserError: data or checkpoints are missing or unusable, another process works in the run's folder, or a loss is
+            not finite.
     """
     device = utils_dist.init(opt.gpu_ids)
     setup(quiet=utils_dist.rank() > 0)
@@ -63,8 +67,9 @@ def train(opt: Options, dry_run: bool = False) -> None:
         if dry_run:
             _rehearse(opt, device)
         else:
-            with _StopSignals() as stop:
-                run = _prepare(opt, device)
+            with _StopSignals() as stop, FolderLock(opt.task_dir / "run.lock") as lock:
+                utils_dist.before_leaving(lock.release)
+                run = _prepare(opt, device, lock)
                 if run is not None:
                     _loop(run, stop)
             stopped_by = utils_dist.highest(stop.received, device)  # and none leaves while another still works
@@ -92,12 +97,13 @@ class _Run:
     degrade: Degrader | None  # where the data set gives H alone
     test_sets: Mapping[str, Dataset]
     checkpoints: Checkpoints
+    lock: FolderLock | None  # of the run's folder, held by the first process; None in a dry run
 
 
-def _prepare(opt: Options, device: torch.device, dry_run: bool = False) -> _Run | None:
+def _prepare(opt: Options, device: torch.device, lock: FolderLock | None) -> _Run | None:
     """Check and build everything, then make the run's folder; None where the run is at its end already.
 
-    A dry run has no folder and no end.
+    A dry run has no lock, no folder and no end.
     """
     data, rank, world_size = opt.train_set, utils_dist.rank(), utils_dist.world_size()
     assert data is not None
@@ -106,14 +112,22 @@ def _prepare(opt: Options, device: torch.device, dry_run: bool = False) -> _Run 
             f"datasets.train.dataloader_batch_size: {data.dataloader_batch_size} cannot be shared by {world_size} "
             f"processes; it counts the patches of all of them together"
         )
-    checkpoints = Checkpoints(opt.task_dir / "models", opt.train.checkpoint_keep)
+    if rank == 0 and lock is not None:
+        _check_run_folder(opt.task_dir)
+        if opt.task_dir.exists():
+            lock.take()
+    checkpoints = Checkpoints(
+        opt.task_dir / "models",
+        opt.train.checkpoint_keep,
+        opt.train.checkpoint_keep_every,
+        opt.train.checkpoint_keep_best,
+        opt.train.checkpoint_best_by,
+    )
     gone = _check_paths(opt)
     if gone and not saved_steps(checkpoints.folder):
         raise UserError(next(iter(gone.values())))
     if opt.unused:
         logger.info("accepted, but without meaning here: %s", ", ".join(opt.unused))
-    if rank == 0:
-        _check_run_folder(opt.task_dir)
     _check_memory(data, world_size)
     seed = opt.train.manual_seed
     if seed is None:
@@ -126,22 +140,27 @@ def _prepare(opt: Options, device: torch.device, dry_run: bool = False) -> _Run 
     train_set = define_Dataset(data)
     test_sets = {name: define_Dataset(d) for name, d in opt.test_sets.items()}
     model = define_Model(opt.model_copy(update={"path": opt.path.model_copy(update=dict.fromkeys(gone))}), device)
-    step = checkpoints.resume(model)
+    degrade = Degrader(data, device) if data.degradation_device == "gpu" else None
+    step = checkpoints.resume(model, degrade)
+    lowest = -utils_dist.highest(-step, device)
+    if 0 < lowest < step:  # another process could not read its part of that one
+        step = checkpoints.resume(model, degrade, upto=lowest)
     for key, problem in gone.items():
         if not step:
             raise UserError(problem)
         logger.info("path.%s: %s is gone, and not needed: step %d of the run has all weights", key, opt.path[key], step)
     counts = {f"the number of items in {name}": len(d) for name, d in {"train": train_set, **test_sets}.items()}
     _check_agreement({"the step of the newest checkpoint": step, **counts}, device)
-    if opt.train.iterations is not None and step >= opt.train.iterations and not dry_run:
+    if opt.train.iterations is not None and step >= opt.train.iterations and lock is not None:
         logger.info("%s has reached step %d already; to go on raise train.iterations, or change task", opt.task, step)
         return None
     if rank == 0:
         for d in opt.datasets.values():
             check_dataset(d)
     utils_dist.highest(0, device)  # all have come through
-    if rank == 0 and not dry_run:
-        _make_run_folder(opt, seed)
+    if rank == 0 and lock is not None:
+        _make_run_folder(opt, seed, lock)
+        checkpoints.begin(step)
 
     images, batch = len(train_set), data.dataloader_batch_size
     logger.info("%s on %s: %s", opt.task, device, model.describe())
@@ -152,13 +171,12 @@ def _prepare(opt: Options, device: torch.device, dry_run: bool = False) -> _Run 
     )
     sampler = EndlessBatchSampler(images, batch, seed, data.dataloader_shuffle, step, rank, world_size)
     loader = training_loader(train_set, sampler, data.dataloader_num_workers, pin_memory=device.type == "cuda")
-    degrade = Degrader(data, device) if data.degradation_device == "gpu" else None
-    return _Run(opt, device, seed, step, model, loader, degrade, test_sets, checkpoints)
+    return _Run(opt, device, seed, step, model, loader, degrade, test_sets, checkpoints, lock)
 
 
 def _rehearse(opt: Options, device: torch.device) -> None:
     """A dry run: the steps of the run that would begin or go on, nothing written."""
-    run = _prepare(opt, device, dry_run=True)
+    run = _prepare(opt, device, lock=None)
     assert run is not None
     with closing(ahead(batches(run.loader), device)) as loaded, told_in_one_line(run.model, run.step + 1):
         fed = map(run.degrade, loaded) if run.degrade else loaded
@@ -208,17 +226,30 @@ def _steps(run: _Run, loaded: Iterable[dict[str, object]], stop: "_StopSignals",
         if run.test_sets and not stopping and (finished or step % train.checkpoint_test == 0):
             score = _validate(run, step, progress)
         if finished or stopping or step % train.checkpoint_save == 0:
-            if utils_dist.rank() == 0:
-                with utils_dist.undisturbed():
-                    run.checkpoints.save(model, step, run.seed, score)
+            _save(run, step, score)
             progress.pause_over()
         if finished or stopping:
             break
     return step
 
 
+def _save(run: _Run, step: int, score: float | None) -> None:
+    """A checkpoint, written by the first process; each writes its own pool of pairs before."""
+    assert run.lock is not None
+    run.lock.check()
+    pools: dict[str, Fingerprint] = {}
+    if run.degrade:
+        with utils_dist.undisturbed():
+            own = run.degrade.save(run.checkpoints.folder, step)
+        for pool in utils_dist.gathered(own):
+            pools |= pool
+    if utils_dist.rank() == 0:
+        with utils_dist.undisturbed():
+            run.checkpoints.save(run.model, step, run.seed, score, pools)
+
+
 def _validate(run: _Run, step: int, progress: Progress) -> float | None:
-    """Validate on every set; -> the first's PSNR or share of pairs in order, by which the best checkpoint is kept."""
+    """Validate on every set; -> the first's PSNR, SSIM or share of pairs in order: the best checkpoints are kept."""
     scores = []
     for name, test_set in run.test_sets.items():
         if isinstance(run.model, ModelRanker):
@@ -233,7 +264,7 @@ def _validate(run: _Run, step: int, progress: Progress) -> float | None:
         progress.scalars(f"val/{name}", result)
         if result:
             logger.info("step %d %s: PSNR %.2f dB, SSIM %.4f", step, name, result["psnr"], result["ssim"])
-            scores.append(result["psnr"])
+            scores.append(result[run.checkpoints.metric])
     progress.pause_over()
     return scores[0] if scores else None
 
@@ -321,12 +352,22 @@ def _check_agreement(facts: Mapping[str, int], device: torch.device) -> None:
             )
 
 
-def _make_run_folder(opt: Options, seed: int) -> None:
+def _make_run_folder(opt: Options, seed: int, lock: FolderLock) -> None:
     """root/task/{models,images,options,tensorboard}, the resolved options and what they were run with."""
     try:
+        if not lock.is_held:  # there was no folder to lock when this process looked into it
+            opt.task_dir.parent.mkdir(parents=True, exist_ok=True)
+            opt.task_dir.mkdir()
+            lock.take()
+        remove_parts([opt.task_dir, *(opt.task_dir / name for name in _FOLDERS)])
         for name in _FOLDERS:
             (opt.task_dir / name).mkdir(parents=True, exist_ok=True)
         setup(opt.task_dir / _LOG)
+    except FileExistsError:
+        raise UserError(
+            f"{opt.task_dir}: another process has just begun this run; choose another task, or start again when it has "
+            f"ended"
+        ) from None
     except OSError as error:
         raise UserError(
             f"path.root: {opt.task_dir} cannot be written ({error.strerror}); set path.root=FOLDER"
@@ -342,20 +383,28 @@ def _make_run_folder(opt: Options, seed: int) -> None:
 
 
 class _StopSignals:
-    """Ctrl-C and SIGTERM are remembered until the loop looks; a second one ends the run at once."""
+    """A signal to stop is remembered until the loop looks; a second Ctrl-C or SIGTERM ends the run at once.
+
+    SIGHUP and SIGUSR1 are warnings, which a scheduler sends before its SIGTERM: they make no signal a second one.
+    """
 
     def __init__(self) -> None:
         self.received = 0
+        self._urged = False
 
     def _handle(self, number: int, _frame: object) -> None:
-        if self.received:
-            raise KeyboardInterrupt
-        self.received = number
+        if number in (signal.SIGINT, signal.SIGTERM):
+            if self._urged:
+                raise KeyboardInterrupt
+            self._urged = True
+        self.received = self.received or number
 
     def __enter__(self) -> "_StopSignals":
         self._restore = ExitStack()
         with suppress(ValueError):  # only the main thread may; elsewhere signals are somebody else's
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOP_SIGNALS:
+                if number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) == signal.SIG_IGN:
+                    continue  # nohup: the run is to outlive its terminal
                 self._restore.callback(signal.signal, number, signal.signal(number, self._handle))
         return self
 

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -10,6 +11,10 @@ import torch
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
+
+# tqdm's own lock is one for several processes, for which Python may start a process that dies of SIGHUP and SIGUSR1;
+# here the first process alone draws.
+tqdm.set_lock(threading.RLock())
 
 
 def duration(seconds: float) -> str:

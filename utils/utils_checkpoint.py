@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import hashlib
+import io
 import logging
 import os
 import re
@@ -9,7 +11,7 @@ import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -27,40 +29,87 @@ _GENERATORS = ("net_g", "netG", "generator", "G", "g", "model", "net", "network"
 _WEIGHT_KEYS = ("params_ema", "params-ema", "params", "state_dict", "model_state_dict", *_GENERATORS)
 
 
+class DamagedError(UserError):
+    """A checkpoint file is missing, cannot be read, or is not what was written."""
+
+
+class Fingerprint(NamedTuple):
+    """By which a file is known to be what was written."""
+
+    size: int  # bytes
+    sha256: str  # hexadecimal
+
+    def check(self, path: Path) -> None:
+        """Read a file of any size, a piece at a time.
+
+        Raises:
+            DamagedError: it is another one, or cannot be read.
+        """
+        try:
+            digest = hashlib.sha256()  # hashlib.file_digest is of Python 3.11
+            with path.open("rb") as file:
+                while piece := file.read(2**20):
+                    digest.update(piece)
+            self._compare(path, path.stat().st_size, digest.hexdigest())
+        except OSError as error:
+            raise DamagedError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+    def read(self, path: Path) -> bytes:
+        """The content of a file that is this one; raises as :meth:`check` does."""
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise DamagedError(f"{path}: cannot be read: {error.strerror or error}") from error
+        self._compare(path, len(content), hashlib.sha256(content).hexdigest())
+        return content
+
+    def _compare(self, path: Path, size: int, sha256: str) -> None:
+        if size != self.size:
+            raise DamagedError(f"{path}: has {size} bytes, {self.size} were written")
+        if sha256 != self.sha256:
+            raise DamagedError(f"{path}: is not what was written, its SHA-256 is another")
+
+
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def load_checkpoint_file(path: str | Path) -> Any:
+def load_checkpoint_file(path: str | Path, expected: Fingerprint | None = None) -> Any:
     """Read a ``.safetensors`` file, or one that ``torch.save`` wrote, onto the CPU; code in it is refused, not run.
 
+    Args:
+        path: the file; it is read once.
+        expected: what it must be, where that is known; then it is in memory as a whole before its content is made.
+
     Raises:
-        UserError: no such file, a folder, an empty, damaged or foreign file, or one that holds more than data.
+        DamagedError: no such file, a folder, an empty, damaged or foreign file, or one that holds more than data.
     """
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{path}: this is a folder, expected a checkpoint file")
+        raise DamagedError(f"{path}: this is a folder, expected a checkpoint file")
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise DamagedError(f"{path}: no such file")
     if path.stat().st_size == 0:
-        raise UserError(f"{path}: the file is empty")
-    if _is_safetensors(path):
+        raise DamagedError(f"{path}: the file is empty")
+    content = expected.read(path) if expected else None
+    if content is None and _is_safetensors(path):
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: cannot be read, it is damaged or no safetensors file ({error})") from error
+            raise DamagedError(f"{path}: cannot be read, it is damaged or no safetensors file ({error})") from error
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
             # torch wonders about foreign pickles in a warning of several lines; the error below says it in one.
             warnings.simplefilter("ignore")
-            with path.open("rb") as file:  # torch judges names by their suffix
+            # torch judges names by their suffix
+            with path.open("rb") if content is None else io.BytesIO(content) as file:
                 return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise DamagedError(f"{path}: cannot be read: {error.strerror or error}") from error
     except MemoryError as error:
         raise UserError(f"{path}: the memory is too small for it") from error
     except Exception as error:  # a damaged file makes torch raise almost anything
         why = what_is(path) or "cannot be read, it is damaged or no checkpoint"
-        raise UserError(f"{path}: {why}") from error
+        raise DamagedError(f"{path}: {why}") from error
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -71,7 +120,10 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def load_state_dict(
-    path: str | Path, param_key: str | None = None, own: Collection[str] = frozenset()
+    path: str | Path,
+    param_key: str | None = None,
+    own: Collection[str] = frozenset(),
+    expected: Fingerprint | None = None,
 ) -> dict[str, Tensor]:
     """Read the weights of a checkpoint, by name, on the CPU; arrays become tensors.
 
@@ -83,11 +135,12 @@ def load_state_dict(
         path: a file that :func:`load_checkpoint_file` reads.
         param_key: take the weights under this key and no other.
         own: names of the network that they are for: where some of the file's are among them, no word is taken off.
+        expected: see :func:`load_checkpoint_file`.
 
     Raises:
         UserError: the file cannot be read, lacks ``param_key``, is an optimizer's, or holds no weights.
     """
-    content = load_checkpoint_file(path)
+    content = load_checkpoint_file(path, expected)
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds a {type(content).__name__}, not weights by name")
     if {"state", "param_groups"} <= content.keys():
@@ -277,7 +330,13 @@ class LoadReport:
         return summary if self.complete else f"{summary}; {self.differences()}"
 
 
-def load_network(path: str | Path, network: nn.Module, strict: bool = True, param_key: str | None = None) -> LoadReport:
+def load_network(
+    path: str | Path,
+    network: nn.Module,
+    strict: bool = True,
+    param_key: str | None = None,
+    expected: Fingerprint | None = None,
+) -> LoadReport:
     """Load a checkpoint into a network, whichever of the known layouts either of them has, and log what was loaded.
 
     The RRDBNet family (BasicSR, BSRGAN, old ESRGAN, KAIR's RRDB) and MSRResNet (BasicSR, KAIR) are translated; a
@@ -289,13 +348,14 @@ def load_network(path: str | Path, network: nn.Module, strict: bool = True, para
         strict: every tensor must match. Else those match that agree in name and shape, never by position, and the
             report names the rest.
         param_key: see :func:`load_state_dict`.
+        expected: see :func:`load_checkpoint_file`.
 
     Raises:
         UserError: the file cannot be read; strict and something does not match; or nothing matches at all.
     """
     network = unwrap(network)
     own = network.state_dict()
-    weights = load_state_dict(path, param_key, own)
+    weights = load_state_dict(path, param_key, own, expected)
     in_own_names = getattr(network, "in_own_names", None)
     weights = in_own_names(weights) if in_own_names else _in_names_of(own, weights)
     # What a network works out by itself (SwinIR's masks) is in files too, in the size that was right for them.
@@ -341,14 +401,33 @@ def unwrap(network: nn.Module) -> nn.Module:
 # ---------------------------------------------------------------------------------------------------------- writing
 
 
-def save_network(network: nn.Module, path: str | Path) -> None:
+class _Hashed:
+    """A file being written, with what it takes to know it again."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.size, self.sha256 = file, 0, hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> int:
+        """``torch.save`` writes from the beginning to the end and never goes back."""
+        self.sha256.update(data)
+        self.size += len(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def save_network(network: nn.Module, path: str | Path) -> Fingerprint:
     """Write a network's bare state dict, on the CPU, in KAIR's form; see :func:`save_atomically`."""
     weights = {key: value.detach().cpu() for key, value in unwrap(network).state_dict().items()}
-    save_atomically(weights, path)
+    return save_atomically(weights, path)
 
 
-def save_atomically(content: Any, path: str | Path) -> None:
+def save_atomically(content: Any, path: str | Path) -> Fingerprint:
     """``torch.save`` to ``path`` such that, whenever the power fails, the old file or the new one is there, whole.
+
+    Returns:
+        Of what was to be written: a disk that wrote something else is found out.
 
     Raises:
         UserError: the file cannot be written (no permission, no space, no such folder).
@@ -357,7 +436,8 @@ def save_atomically(content: Any, path: str | Path) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
-            torch.save(content, file)
+            hashed = _Hashed(file)
+            torch.save(content, cast(IO[bytes], hashed))  # it only writes
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
@@ -366,3 +446,4 @@ def save_atomically(content: Any, path: str | Path) -> None:
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+    return Fingerprint(hashed.size, hashed.sha256.hexdigest())

@@ -13,16 +13,18 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from utils import utils_error
 from utils.utils_error import UserError
+
+T = TypeVar("T")
 
 JOIN_LIMIT = timedelta(minutes=5)  # for all to start and meet
 WORK_LIMIT = timedelta(hours=3)  # of one waiting for another: the first looks at every training image
@@ -354,8 +356,19 @@ def _tell_torchrun(error: BaseException) -> None:
             json.dump({"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}, file)
 
 
+_farewell: Callable[[], None] | None = None
+
+
+def before_leaving(call: Callable[[], None]) -> None:
+    """Have this called where the process must leave without coming back to its caller; the last one counts."""
+    global _farewell
+    _farewell = call
+
+
 def _leave(status: int) -> None:
     with suppress(Exception):
+        if _farewell is not None:
+            _farewell()
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(status)
@@ -389,6 +402,15 @@ def total(values: Mapping[str, float], device: torch.device) -> dict[str, float]
     tensor = tensor.to(device)
     dist.all_reduce(tensor)
     return dict(zip(values, tensor.tolist(), strict=True))
+
+
+def gathered(value: T) -> list[T]:
+    """The values of all processes, in their order; every process waits for the others here."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def from_main(value: int, device: torch.device) -> int:

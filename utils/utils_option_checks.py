@@ -339,6 +339,8 @@ def is_read(opt: Options) -> dict[str, dict[str, bool]]:
         "mask_threshold": with_ssl and not masks_from_files,
         "rank_published": sr and train.rank_weight > 0,
         "dm_weight": dm,
+        **dict.fromkeys(("checkpoint_keep_every", "checkpoint_keep_best"), train.checkpoint_keep is not None),
+        "checkpoint_best_by": sr,
         **{
             f"{side}_{name}": used
             for side, used in sides.items()

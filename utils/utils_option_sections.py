@@ -141,7 +141,7 @@ class DatasetOptions(Section):
     pair_pool: Annotated[int, BeforeValidator(integral), Field(ge=0, le=65536)] = Field(
         0,
         description="degradation_device gpu: keep this many pairs and give out old ones for new, at random; "
-        "Real-ESRGAN: 180, for its batches shared their draws. Not in checkpoints: resumed runs differ. 0 = off",
+        "Real-ESRGAN: 180, for its batches shared their draws. Checkpoints hold the pool of each process. 0 = off",
     )
     use_sharp: bool = Field(
         False,
@@ -354,7 +354,14 @@ class TrainOptions(Section):
     checkpoint_test: Positive = Field(5000, description="validate every this many steps")
     checkpoint_save: Positive = Field(5000, description="save every this many steps")
     checkpoint_keep: Positive | None = Field(
-        None, description="keep the newest this many checkpoints and the best one; null = keep all"
+        None, description="keep the newest this many checkpoints and the best ones; null = keep all"
+    )
+    checkpoint_keep_every: Positive | None = Field(
+        None, description="with checkpoint_keep: keep those of each multiple of this many steps too; null = none"
+    )
+    checkpoint_keep_best: Count = Field(1, description="with checkpoint_keep: how many of the best are kept; 0 = none")
+    checkpoint_best_by: Literal["psnr", "ssim"] = Field(
+        "psnr", description="what is best, on the first test set; model ranker: always the share of pairs in order"
     )
 
     @property

@@ -1,27 +1,24 @@
-"""A run's checkpoints: finding the newest complete one, going on from it, writing and dropping them."""
+"""A run's checkpoints as they lie in its folder: which sets there are, and whether one is whole and the run's own.
 
+``root/task/models`` holds sets, ``{step}_{G,E,D,R,optimizerG,...}.pth``, each with a manifest, ``{step}_state.json``,
+that is written last: size and SHA-256 of each of its files, its step, the run it is of. ``root/task/run.json`` says
+which run this is, and which set was the last that became whole. Both hold a SHA-256 of their own content.
+"""
+
+import hashlib
 import json
 import logging
 import math
 import re
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
-from utils.utils_checkpoint import load_checkpoint_file
+from utils.utils_checkpoint import DamagedError, Fingerprint
 from utils.utils_error import UserError
-from utils.utils_run import save_json
+from utils.utils_run import save_json, to_json
 
 logger = logging.getLogger(__name__)
-
-
-class Saved(Protocol):
-    """What a model offers to be saved: ``models.model_base.ModelBase``."""
-
-    def files(self, folder: Path, step: int) -> dict[str, Path]: ...
-    def save(self, folder: Path, step: int) -> None: ...
-    def load(self, folder: Path, step: int) -> None: ...
 
 
 def saved_steps(folder: Path, network: str = "[GR]") -> list[int]:
@@ -30,121 +27,133 @@ def saved_steps(folder: Path, network: str = "[GR]") -> list[int]:
     return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
+def save_sealed(content: Mapping[str, Any], path: Path) -> None:
+    """Write JSON with its own SHA-256, which :func:`read_sealed` checks."""
+    save_json({**content, "sha256": _seal(content)}, path)
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What :func:`save_sealed` wrote, with ``sha256``; or a file of before there were seals, which has none.
+
+    Raises:
+        DamagedError: there is no file, or it is not what was written.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DamagedError(f"no {path.name}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedError(f"{path.name}: cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise DamagedError(f"{path.name}: holds no JSON object")
+    # A changed name of a key must not make it pass for a file of before.
+    if content.keys() & {"sha256", "run", "files"} and content.get("sha256") != _seal(content):
+        raise DamagedError(f"{path.name}: is not what was written, its SHA-256 is another")
+    return content
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    unsealed = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(to_json(unsealed, sort_keys=True).encode()).hexdigest()
+
+
+class Run(NamedTuple):
+    """What ``run.json`` says."""
+
+    run: str  # drawn at random when the run began; "" = not known
+    saved: int  # the step of the newest set that became whole; 0 = none
+    bare_upto: float  # sets up to this step are of before there were manifests
+
+    def save(self, path: Path) -> None:
+        save_sealed(self._asdict(), path)
+
+
+def read_run(models: Path) -> Run:
+    """The run whose ``models`` this is. Without ``run.json`` sets older than the first with a manifest may lack it.
+
+    Raises nothing: a damaged file is named and told from the sets, as one that is missing.
+    """
+    path = models.parent / "run.json"
+    if models.name == "models" and path.exists():
+        try:
+            content = read_sealed(path)
+            return Run(str(content["run"]), int(content["saved"]), float(content["bare_upto"]))
+        except (DamagedError, KeyError, TypeError, ValueError) as error:
+            logger.warning("%s: passed over (%s)", path, error)
+    newest, oldest, run = 0, math.inf, ""
+    for step in saved_steps(models):
+        try:
+            state = read_sealed(models / f"{step}_state.json")
+        except DamagedError:
+            continue
+        if "files" in state:
+            newest, oldest, run = newest or step, step, run or str(state.get("run"))
+    return Run(run, newest, oldest - 1)
+
+
+def read_state(models: Path, step: int, run: Run) -> dict[str, Any]:
+    """The content of a set's ``{step}_state.json``; of ``files`` what each must be. {} = a set of before manifests.
+
+    Raises:
+        DamagedError: it is missing or damaged, of another step or of another run.
+    """
+    path = models / f"{step}_state.json"
+    try:
+        state = read_sealed(path)
+    except DamagedError:
+        if path.exists() or step > run.bare_upto:
+            raise
+        return {}
+    if "files" not in state:
+        if step > run.bare_upto:
+            raise DamagedError(f"{path.name}: lists no files")
+        return state
+    if state.get("step") != step:
+        raise DamagedError(f"{path.name}: is of step {state.get('step')}")
+    if run.run and state.get("run") != run.run:
+        raise DamagedError(f"{path.name}: is of another run ({state.get('run')}, this is {run.run})")
+    try:
+        state["files"] = {name: Fingerprint(int(f["size"]), str(f["sha256"])) for name, f in state["files"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DamagedError(f"{path.name}: lists no files ({error!r})") from error
+    return state
+
+
+def never_saved(models: Path, run: Run) -> bool:
+    """Whether no set ever became whole there: what lies there a first save has left that was cut off."""
+    return not run.saved and not any(models.glob("*_state.json"))
+
+
 def newest_generator(folder: Path, networks: str = "EG") -> Path | None:
-    """The newest step's weights in a run's folder or its ``models``, of that step the first of ``networks`` there is.
+    """The newest whole weights in a run's folder or its ``models``, of their step the first of ``networks`` there is.
 
     Training writes an average E beside each G; one that is older than the newest G is of a run that went on without.
+    A file that is not what its manifest says is named and passed over; one of a set without a manifest, as KAIR's, is
+    taken as it is.
+
+    Returns:
+        None where there are no weights, or those alone that a first save left which was cut off.
+
+    Raises:
+        UserError: there are weights, but none is whole.
     """
     models = folder / "models" if (folder / "models").is_dir() else folder
-    steps = {network: saved_steps(models, network)[:1] for network in networks}
-    newest = max((of_network for of_network in steps.values()), default=[])
-    found = [models / f"{newest[0]}_{network}.pth" for network in networks if newest and steps[network] == newest]
-    return found[0] if found else None
-
-
-def _problem(paths: Iterable[Path]) -> str:
-    """Why the files of a checkpoint are of no use: some are missing, or one is damaged; "" where they are."""
-    paths = list(paths)
-    if missing := [path.name for path in paths if not path.is_file()]:
-        return f"no {', '.join(missing)}"
-    for path in paths:
+    steps = saved_steps(models, f"[{networks}]")
+    run = read_run(models) if steps else Run("", 0, 0)
+    problem = ""
+    for step in steps:
+        path = next(p for p in (models / f"{step}_{network}.pth" for network in networks) if p.is_file())
         try:
-            load_checkpoint_file(path)
-        except UserError as error:
-            return str(error)
-    return ""
-
-
-class Checkpoints:
-    """The folder ``models`` of a run: ``{step}_{G,E,D,R,optimizerG,...}.pth`` and ``{step}_state.json``.
-
-    The state holds the seed and the best score; with the step and the seed, everything random in a run is known.
-
-    Args:
-        folder: where they are.
-        keep: how many to keep besides the best one; None = all.
-    """
-
-    def __init__(self, folder: Path, keep: int | None) -> None:
-        self.folder, self.keep = folder, keep
-        self.state: dict[str, Any] = {}
-        self._named: set[tuple[int, str]] = set()
-
-    def _state(self, step: int) -> dict[str, Any]:
-        """{} where it is missing, as beside KAIR's own checkpoints."""
-        with suppress(OSError, ValueError):
-            state = json.loads((self.folder / f"{step}_state.json").read_text(encoding="utf-8"))
-            if isinstance(state, dict):
-                return self._sound(state, step)
-        return {}
-
-    def _sound(self, state: dict[str, Any], step: int) -> dict[str, Any]:
-        """A state without what cannot be one's, which is named once: somebody has edited the file."""
-        if state.get("best_score", 0) is None and "best_step" in state:
-            state["best_score"] = math.inf  # JSON has no infinity
-        score, best_step, seed = (state.get(key) for key in ("best_score", "best_step", "seed"))
-        wrong = {} if seed is None or (type(seed) is int and 0 <= seed < 2**32) else {"seed": seed}
-        pair = {"best_score": score, "best_step": best_step}
-        if pair != {"best_score": None, "best_step": None} and not (
-            type(score) in (int, float) and score == score and type(best_step) is int and best_step >= 0
-        ):
-            wrong |= pair
-        for key, value in wrong.items():
-            if value is not None and (step, key) not in self._named:
-                self._named.add((step, key))
-                logger.warning("%d_state.json: %s cannot be %.50r: left out", step, key, value)
-        return {key: value for key, value in state.items() if key not in wrong}
-
-    def _newest_state(self, upto: float = math.inf) -> dict[str, Any]:
-        """The newest state up to a step: a run stopped before it wrote its last one still has those before."""
-        states = (self._state(step) for step in saved_steps(self.folder) if step <= upto)
-        return next((state for state in states if state), {})
-
-    def seed(self) -> int | None:
-        """The seed of the run so far."""
-        states = map(self._state, saved_steps(self.folder))
-        return next((state["seed"] for state in states if state.get("seed") is not None), None)
-
-    def resume(self, model: Saved) -> int:
-        """Load the newest checkpoint of which every file is there and readable; -> its step, 0 where there is none.
-
-        Raises:
-            UserError: there are checkpoints, but damaged or of another kind of run, which this one would write over.
-        """
-        newest = ""
-        for step in saved_steps(self.folder):
-            problem = _problem(model.files(self.folder, step).values())
-            if not problem:
-                model.load(self.folder, step)
-                self.state = self._newest_state(upto=step)
-                return step
-            logger.info("checkpoint %d cannot be used (%s): looking for an older one", step, problem)
-            newest = newest or problem
-        if self._newest_state():  # it is written last: that checkpoint was complete for the run that wrote it
-            raise UserError(
-                f"{self.folder}: holds checkpoints that this run cannot go on from ({newest}); choose another task, "
-                f"with path.pretrained_netG to start from their weights, or remove that folder"
-            )
-        return 0
-
-    def save(self, model: Saved, step: int, seed: int, score: float | None) -> None:
-        """Write a checkpoint, the state last; then drop old ones if asked to, never the best.
-
-        Args:
-            score: of this step, if it was validated: PSNR in dB, or a ranker's share of pairs in order.
-        """
-        model.save(self.folder, step)
-        best = self.state.get("best_score")
-        if score is not None and not math.isnan(score) and (best is None or score >= best):
-            self.state.update(best_score=score, best_step=step)
-        self.state.update(step=step, seed=seed)
-        save_json(self.state, self.folder / f"{step}_state.json")
-        logger.info("saved step %d in %s", step, self.folder)
-        # A later step is what an interruption left; were it counted, it would push out what was just saved.
-        if self.keep:
-            kept = [*[n for n in saved_steps(self.folder) if n <= step][: self.keep], self.state.get("best_step")]
-            for path in self.folder.iterdir():
-                # Of any kind of run: an average that is no longer made, say, would never be listed by this model.
-                of_step = re.fullmatch(r"(\d+)_(([GERD]|D_grad|optimizer\w+)\.pth|state\.json)", path.name)
-                if of_step and int(of_step[1]) <= step and int(of_step[1]) not in kept:
-                    path.unlink(missing_ok=True)
+            state = read_state(models, step, run)
+            if "files" in state:
+                if path.name not in state["files"]:
+                    raise DamagedError(f"{path.name} is not in {step}_state.json")
+                state["files"][path.name].check(path)
+        except DamagedError as error:
+            logger.warning("%s: %s: looking for an older one", models, error)
+            problem = problem or str(error)
+            continue
+        return path
+    if problem and not never_saved(models, run):
+        raise UserError(f"{models}: no weights in it are whole ({problem}); name the file to take all the same")
+    return None

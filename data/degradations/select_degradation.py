@@ -4,9 +4,12 @@ The names are those of the option ``degradation_type``; what each draws is in bs
 """
 
 import hashlib
-from collections.abc import Callable
+import logging
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +21,12 @@ from data.degradations import bsrgan, on_batch, on_image, realesrgan
 from data.degradations.bsrgan import draw_bsrgan, draw_bsrgan_plus
 from data.degradations.realesrgan import draw_realesrgan
 from data.degradations.steps import Step
+from utils import utils_dist
+from utils.utils_checkpoint import Fingerprint, load_checkpoint_file, save_atomically
 from utils.utils_image import Array, modcrop, single2uint, uint2single
 from utils.utils_option import DatasetOptions
+
+logger = logging.getLogger(__name__)
 
 Draw = Callable[[tuple[int, int, int], int, np.random.Generator], list[Step]]
 """From the shape (height, width, channels) of H, the scale and a generator to steps."""
@@ -100,9 +107,8 @@ class Degrader:
     """Makes L of a batch's H, and H_usm with ``use_sharp``, on the training device; then perhaps mixes batches.
 
     The draws follow from torch's default generator, each image having its own. ``pair_pool`` keeps that many pairs:
-    once they are there, each new pair takes the place of an old one at random, which is given out in its stead. The
-    pool is not part of a checkpoint: a run that is resumed fills it anew, and no longer equals the one that was not
-    interrupted; without a pool it does.
+    once they are there, each new pair takes the place of an old one at random, which is given out in its stead. What
+    is in the pool depends on all steps before; so it is saved with the checkpoints, by each process its own.
 
     Args:
         opt: of the training set.
@@ -154,6 +160,9 @@ class Degrader:
     def _exchanged(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
         """The images themselves while the pool is filled, then old ones for which they are left there."""
         batch = len(images["L"])
+        if self.pool and _form(self.pool) != _form(images):
+            logger.warning("the options make other pairs than those of the pool: it is filled anew")
+            self.pool = {}
         kept = len(self.pool["L"]) if self.pool else 0
         if kept < self.opt.pair_pool:
             self.pool = {name: torch.cat([self.pool[name], new]) if kept else new for name, new in images.items()}
@@ -163,3 +172,41 @@ class Degrader:
         for name, new in images.items():
             self.pool[name][index] = new
         return old
+
+    def save(self, folder: Path, step: int) -> dict[str, Fingerprint]:
+        """Write this process's pool into the folder of a checkpoint; -> what was written, by the file's name."""
+        if not self.opt.pair_pool:
+            return {}
+        name = _pool_name(step)
+        return {name: save_atomically({key: pairs.cpu() for key, pairs in self.pool.items()}, folder / name)}
+
+    def load(self, folder: Path, step: int, expected: Mapping[str, Fingerprint]) -> None:
+        """Go on with the pool of a checkpoint; where it has none for this number of processes it is filled anew.
+
+        Args:
+            expected: the files of the checkpoint.
+
+        Raises:
+            DamagedError: the file is missing, cannot be read or is not what was written.
+        """
+        self.pool = {}
+        if not self.opt.pair_pool:
+            return
+        count = sum(bool(re.fullmatch(rf"{step}_pool\d+\.pth", name)) for name in expected)
+        if count != utils_dist.world_size():
+            found = f"pools of {count} processes, not of {utils_dist.world_size()}" if count else "no pool"
+            logger.warning(
+                "checkpoint %d has %s: it is filled anew, the run differs from an undisturbed one", step, found
+            )
+            return
+        name = _pool_name(step)
+        content = load_checkpoint_file(folder / name, expected[name])
+        self.pool = {name: pairs[: self.opt.pair_pool].to(self.device) for name, pairs in content.items()}
+
+
+def _pool_name(step: int) -> str:
+    return f"{step}_pool{utils_dist.rank()}.pth"
+
+
+def _form(images: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(batch.shape[1:]) for name, batch in images.items()}
