@@ -12,7 +12,7 @@ import matplotlib.figure
 import numpy as np
 
 from benchmarks.evidence.measures import WINDOW, artifact_shares, local_error
-from benchmarks.evidence.plan import CHOOSING, CURVE, CURVE_METRICS, HERE, METRICS, Plan, chunks
+from benchmarks.evidence.plan import CHOOSING, CURVE, CURVE_METRICS, HERE, Plan, chunks
 from evaluation.report import write_csv
 from utils.utils_image import imread_uint
 from utils.utils_run import save_json
@@ -75,9 +75,10 @@ def terms(log: str) -> dict[str, float]:
 
 
 def chosen(plan: Plan) -> float | None:
-    """The weight, once it has been chosen."""
+    """The weight, once it has been chosen, with this first seed."""
     path = plan.folder / "choice.json"
-    return read_json(path)["chosen"] if path.exists() else None
+    choice = read_json(path) if path.exists() else {}
+    return choice["chosen"] if choice.get("seed") == plan.seeds[0] else None
 
 
 def choose(plan: Plan, weight: float) -> None:
@@ -95,7 +96,7 @@ def choose(plan: Plan, weight: float) -> None:
 
 
 def collect(plan: Plan, weight: float, about: Mapping[str, Any], output: Path) -> None:
-    """Write images.csv, curve.csv, facts.json and demo.png to ``output``, and pictures of the sets to the work folder."""
+    """Write images.csv, curve.csv, facts.json and demo.png to ``output``, pictures of the sets to the work folder."""
     output.mkdir(parents=True, exist_ok=True)
     rows = []
     for name in plan.tested:
@@ -120,7 +121,7 @@ def collect(plan: Plan, weight: float, about: Mapping[str, Any], output: Path) -
     }
     save_json(content, output / "facts.json")
     for name in plan.tested:
-        # Photographs of the data sets belong to others and are not committed; those of the demo are in the public domain.
+        # Photographs of the data sets belong to others and are not committed; the demo's are in the public domain.
         path = output / "demo.png" if name == "demo" else plan.folder / f"crops_{name}.png"
         _draw_crops(plan, name, [row for row in rows if row["set"] == name], path)
 
@@ -159,7 +160,7 @@ def pairs(rows: list[Row], base: str, seeds: Iterable[int], metric: str) -> tupl
 
 
 def _draw_crops(plan: Plan, name: str, rows: list[Row], path: Path) -> None:
-    """The images of the largest gain and loss, of the first seed, where SSL changes the local error most in that sense."""
+    """The images of the largest gain and loss, first seed, where SSL lowers, or raises, the local error most."""
     base, seed = plan.setting.base, plan.seeds[0]
     names, without, with_ssl = pairs(rows, base, plan.seeds, CROPS_BY)
     change = (with_ssl - without).mean(0)

@@ -13,6 +13,7 @@ from utils.utils_option import strip_comments
 from utils.utils_resume import saved_steps
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent  # of the repository
 METRICS = ("psnr", "ssim", "ssg", "stlpips_vgg", "stlpips", "gmsd", "fsim", "piqe")
 CURVE_METRICS = ("psnr", "ssg", "stlpips_vgg")
 CHOOSING, CURVE = "Set14", "Set5"  # the sets that the weight is chosen on, and that checkpoints are compared on
@@ -24,8 +25,8 @@ class Setting(NamedTuple):
     name: str
     base: str  # the option file; also the name of the run without SSL
     script: str
-    # Of SSL's L1 and KL each. By the README's rule SSL's sum is about as large as the largest other term: at the last of
-    # them, at the start of training. A half and a quarter of that are tried too.
+    # Of SSL's L1 and KL each. By the README's rule SSL's sum is about as large as the largest other term, which it is, at
+    # the start of training, near the middle one; a half and twice that are tried too.
     weights: tuple[float, float, float]
     psnr: str = "bicubic"  # the setting whose PSNR model the artifacts are measured against
     data: tuple[str, ...] = ()  # overrides
@@ -49,7 +50,7 @@ SETTINGS = {
 
 # CPU-seconds of a unit before there are own figures: steps, and restored and measured megapixels. Measured with
 # one thread on two busy cores of an AMD EPYC with AVX-512, bf16.
-SECONDS = {"psnr": 0.12, "gan": 0.54, "resshift": 0.30, "test": 18.0, "curve": 15.0, "prepare": 0.01}
+SECONDS = {"psnr": 0.12, "gan": 0.42, "resshift": 0.30, "test": 18.0, "curve": 15.0, "prepare": 0.01}
 
 
 @dataclass(frozen=True)

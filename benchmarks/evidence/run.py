@@ -5,8 +5,8 @@
     python benchmarks/evidence/run.py --data ../shared/data --dry_run
     python benchmarks/evidence/report.py
 
-DATA holds the folders BSD400 (training), Set14 (on which the weight of SSL is chosen), BSD100 and Set5 (tests); the test
-set demo is made of scikit-image's photographs. A setting takes about two hours on two cores. It may be stopped at any
+DATA holds the folders BSD400 (training), Set14 (on which the weight of SSL is chosen), BSD100 and Set5 (tests); the
+test set demo is made of scikit-image's photographs. A setting takes about two hours on two cores. It may be stopped at any
 moment: the same command goes on. What is trained lies in the work folder; what the report needs, a few small files for
 each setting, in benchmarks/evidence/results.
 """
@@ -20,21 +20,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of this process; before torch
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
 from torch import nn
 
 from benchmarks.evidence import collect
 from benchmarks.evidence.measures import choose_weight
-from benchmarks.evidence.plan import CHOOSING, SECONDS, SETTINGS, Job, Plan, Stage
+from benchmarks.evidence.plan import CHOOSING, ROOT, SECONDS, SETTINGS, Job, Plan, Stage
 from data.preparation.demo import prepare_demo
 from evaluation.report import format_table
 from training.progress import duration
@@ -47,10 +43,6 @@ logger = logging.getLogger(__name__)
 
 
 # ------------------------------------------------------------------------------------------------------- running
-
-
-class Stopped(Exception):
-    """By a signal."""
 
 
 class State:
@@ -99,7 +91,7 @@ def run_stage(stage: Stage, state: State, processes: int, logs: Path, lock: int 
 
     Raises:
         UserError: a job failed; those beside it were stopped, and go on next time.
-        Stopped: by Ctrl-C or SIGTERM, after the jobs have saved.
+        KeyboardInterrupt: by Ctrl-C or SIGTERM, after the jobs have saved.
     """
     logs.mkdir(parents=True, exist_ok=True)
     waiting = [job for job in stage.jobs if not state.done(job)]
@@ -125,7 +117,7 @@ def run_stage(stage: Stage, state: State, processes: int, logs: Path, lock: int 
             running[child.pid] = job, job.units_left()
         try:
             pid, status, usage = os.wait4(-1, 0)
-        except Stopped:
+        except KeyboardInterrupt:
             stopping = True
             _stop(running)
             continue
@@ -143,7 +135,7 @@ def run_stage(stage: Stage, state: State, processes: int, logs: Path, lock: int 
     if failed:
         raise UserError(failed)
     if stopping:
-        raise Stopped
+        raise KeyboardInterrupt
 
 
 def _stop(running: dict[int, tuple[Job, float]]) -> None:
@@ -156,19 +148,10 @@ def _last_line(log: Path) -> str:
     return next((line for line in reversed(lines) if line.strip()), "it said nothing") + f" (all of it: {log})"
 
 
-@contextmanager
-def _signals() -> Iterator[None]:
-    def stop(_number: int, _frame: object) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-        raise Stopped
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _stop_once(_number: int, _frame: object) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _locked(work: Path) -> IO[str]:
@@ -185,9 +168,10 @@ def _locked(work: Path) -> IO[str]:
 
 
 def precision_here(path: Path) -> dict[str, Any]:
-    """Which precision is faster here, measured once: a training step of convolutions as the generator has, one thread."""
+    """The faster precision here, measured once: convolutions like the generator's, forward and backward, one thread."""
     if path.exists():
         return collect.read_json(path)
+    torch.set_num_threads(1)
     net = nn.Sequential(*(nn.Conv2d(32, 32, 3, padding=1) for _ in range(4))).to(memory_format=torch.channels_last)
     x = torch.rand(4, 32, 96, 96).to(memory_format=torch.channels_last)
     times: dict[str, list[float]] = {"fp32": [], "bf16": []}
@@ -205,7 +189,7 @@ def precision_here(path: Path) -> dict[str, Any]:
 
 
 def _images(folder: Path, part: int) -> list[Path]:
-    """The images of a folder, without those of its subfolders; of a small run every ``part``-th, at least two."""
+    """The images of a folder, without those of its subfolders; of a small run the first ``part``-th, at least two."""
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; --data holds BSD400, BSD100, Set5, Set14")
     images = [Path(path) for path in get_image_paths(str(folder)) if Path(path).parent == folder]
@@ -280,13 +264,14 @@ def print_plan(plan: Plan, state: State, weight: float | None, processes: int) -
     )
 
 
-def run_setting(plan: Plan, state: State, args: argparse.Namespace, facts: dict[str, Any], lock: int) -> None:
+def run_setting(plan: Plan, args: argparse.Namespace, facts: dict[str, Any], lock: int) -> None:
     """All stages, then the result files."""
-    logs = plan.folder / "logs"
+    state, logs = State(plan.folder / "state.json"), plan.folder / "logs"
     weight = collect.chosen(plan)
     for number in range(len(plan.stages())):
         stage = plan.stages(weight)[number]
         if any(not state.done(job) for job in stage.jobs):
+            print_plan(plan, state, weight, args.processes)
             logger.info("%s: %s", plan.setting.name, stage.title)
         run_stage(stage, state, args.processes, logs, lock)
         if stage.title == "weights tested" and weight is None:
@@ -312,21 +297,22 @@ def _machine() -> dict[str, Any]:
     return facts | {"processor": model, "cores": os.cpu_count()}
 
 
-def main() -> int:
+def main() -> None:
     args = _arguments()
     setup()
     args.work.mkdir(parents=True, exist_ok=True)
-    with _locked(args.work) as lock, _signals():
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop_once)
+    with _locked(args.work) as lock:
         try:
             prepare_demo(args.work / "demo" / "trainsets", args.work / "demo" / "testsets")
             precision = precision_here(args.work / "precision.json")
             plans = [plan_of(name, args, precision["precision"]) for name in args.settings]
-            states = [State(plan.folder / "state.json") for plan in plans]
-            for plan, state in zip(plans, states, strict=True):
+            for plan in plans:
                 plan.folder.mkdir(exist_ok=True)
-                print_plan(plan, state, collect.chosen(plan), args.processes)
+                print_plan(plan, State(plan.folder / "state.json"), collect.chosen(plan), args.processes)
             if args.dry_run:
-                return 0
+                return
             cut = ("subimages", "--format", "npy", "--size", "192", "--step", "145", "--workers", "1")
             command = (
                 "main_prepare_data.py",
@@ -338,12 +324,11 @@ def main() -> int:
             )
             pieces = Job("BSD400", tuple(command), "prepare", 400)
             run_stage(Stage("", [pieces]), State(args.work / "state.json"), 1, args.work / "logs", lock.fileno())
-            for plan, state in zip(plans, states, strict=True):
-                run_setting(plan, state, args, {**precision, **_machine()}, lock.fileno())
-        except Stopped:
+            for plan in plans:
+                run_setting(plan, args, {**precision, **_machine()}, lock.fileno())
+        except KeyboardInterrupt:
             logger.info("stopped; the same command goes on")
-            return 130
-    return 0
+            raise
 
 
 if __name__ == "__main__":
