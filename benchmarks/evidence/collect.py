@@ -106,7 +106,8 @@ def collect(plan: Plan, weight: float, about: Mapping[str, Any], output: Path) -
     write_csv(_rounded(rows), output / "images.csv")
     points: dict[str, list[Row]] = {}
     for row in _tested(plan, "curve", CURVE):
-        points.setdefault(row["model"], []).append(row)
+        if row["model"] != "bicubic":
+            points.setdefault(row["model"], []).append(row)
     curve = [{"model": model, **{name: mean(its, name) for name in CURVE_METRICS}} for model, its in points.items()]
     write_csv(_rounded(curve), output / "curve.csv")
     base = plan.setting.base

@@ -25,9 +25,9 @@ class Setting(NamedTuple):
     name: str
     base: str  # the option file; also the name of the run without SSL
     script: str
-    # Of SSL's L1 and KL each. By the README's rule SSL's sum is about as large as the largest other term, which it is, at
-    # the start of training, near the middle one; a half and twice that are tried too.
-    weights: tuple[float, float, float]
+    # Of SSL's L1 and KL each. By the README's rule SSL's sum is about as large as the largest other term: near the
+    # middle one, at the start of training. A half and twice that are tried too.
+    weights: tuple[float, ...]
     psnr: str = "bicubic"  # the setting whose PSNR model the artifacts are measured against
     data: tuple[str, ...] = ()  # overrides
 
@@ -88,8 +88,8 @@ def options(name: str) -> dict:
 
 
 def chunks(images: list[Path], size: int = 10) -> list[list[Path]]:
-    """What is tested at once: little is lost where a test is stopped, and two cores have work."""
-    count = min(len(images), max(2, math.ceil(len(images) / size)))
+    """What is tested at once: little is lost where a test is stopped, and every core has work."""
+    count = math.ceil(len(images) / size)
     return [images[start::count] for start in range(count)]
 
 
@@ -181,7 +181,7 @@ class Plan:
             Stage("weights tried", [self._train("trial", *run) for run in trials]),
             Stage("weights tested", self._tests("trials", CHOOSING, at_trial, CURVE_METRICS)),
             Stage("runs", [self._train("run", *run, start=self.trial if run[1] == first else 0) for run in runs]),
-            Stage("tests", final + curve),
+            Stage("tests", curve + final),  # the longest first
         ]
 
     def label(self, weight: float) -> str:

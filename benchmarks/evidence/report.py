@@ -27,8 +27,8 @@ ARTIFACTS = {name: f"artifacts > {threshold:g}, %" for name, threshold in THRESH
 
 HEAD = """# Does the self-similarity loss help?
 
-Written by `python benchmarks/evidence/report.py` from the files in `benchmarks/evidence/results`; sentences about results
-come from the numbers.
+Written by `python benchmarks/evidence/report.py` from the files in `benchmarks/evidence/results`; sentences about
+results come from the numbers.
 
 ```
 python benchmarks/evidence/run.py --data ../shared/data --seeds 0 1 2
@@ -36,26 +36,26 @@ python benchmarks/evidence/report.py
 ```
 
 Each setting is trained without SSL and with it. Both begin with the same weights (the GANs' generator with the PSNR
-model's, one for all seeds of a setting) and see the same patches in the same order with the same draws; the weight of SSL
-is the only difference. Small generators, short training: this shows what the loss changes under these conditions, and is
-no comparison with published models.
+model's, one for all seeds of a setting) and see the same patches in the same order with the same draws; the weight of
+SSL is the only difference. Small generators, short training: this shows what the loss changes under these conditions,
+and is no comparison with published models.
 
-The weight of SSL was chosen on {choosing} alone, after a quarter of the steps, with the first seed: of three values the
-one with the least ST-LPIPS-VGG among those that cost at most 0.25 dB against the control, the smallest where all cost
-more. Nothing was chosen on the sets that follow.
+The weight of SSL was chosen on {choosing} alone, after a quarter of the steps, with the first seed: of three values
+the one with the least ST-LPIPS-VGG among those that cost at most 0.25 dB against the control, the smallest where all
+cost more. Nothing was chosen on the sets that follow.
 
-How to read the tables. Differences are with SSL minus without. The interval holds 95 % of {draws:,} paired bootstrap means:
-seeds and images are drawn again with replacement, both runs of a pair kept together. Three seeds are few: the variance
-between seeds comes out a third too small, so the interval is too narrow where seeds differ more than images do; the
-differences of the single seeds stand beside it. Intervals are not corrected for their number: of twenty metrics without
-any effect one is expected to look like one. "better" and "worse" mean that the interval excludes 0, "undecided" that it
-does not. Images better, largest gain and largest loss are of the mean over seeds.
+How to read the tables. Differences are with SSL minus without. The interval holds 95 % of {draws:,} paired bootstrap
+means: seeds and images are drawn again with replacement, both runs of a pair kept together. Three seeds are few: the
+variance between seeds comes out a third too small, so the interval is too narrow where seeds differ more than images
+do; the differences of the single seeds stand beside it. Intervals are not corrected for their number: of twenty
+metrics without any effect one is expected to look like one. "better" and "worse" mean that the interval excludes 0,
+"undecided" that it does not. Images better, largest gain and largest loss are of the mean over seeds.
 
-The artifact measure: e(x) is the mean of (E - H)² over RGB and the {window} x {window} pixels around x, in squared levels of
-255, inside a border of 4 pixels; artifacts are the share of pixels, in per cent, where e of a model exceeds e of the PSNR
-model by more than 100, as it does where noise of 10 levels is added. 25 and 400 (5 and 20 levels) stand beside it.
-ST-LPIPS on AlexNet is what the GANs are trained with; ST-LPIPS-VGG is the network that was not trained with. PIQE sees E
-alone, and no truth.
+The artifact measure: e(x) is the mean of (E - H)² over RGB and the {window} x {window} pixels around x, in squared
+levels of 255, inside a border of 4 pixels; artifacts are the share of pixels, in per cent, where e of a model exceeds
+e of the PSNR model by more than 100, as it does where noise of 10 levels is added. 25 and 400 (5 and 20 levels) stand
+beside it. ST-LPIPS on AlexNet is what the GANs are trained with; ST-LPIPS-VGG is the network that was not trained
+with. PIQE sees E alone, and no truth.
 """
 
 
@@ -124,8 +124,9 @@ def _curves(curve: list[collect.Row], facts: dict[str, Any], path: Path) -> list
             continue
         side = "below" if equal.with_ssl < equal.without else "not below"
         lines.append(
-            f"- {title} at equal PSNR, from {equal.low:.2f} to {equal.high:.2f} dB: {equal.without:{spec}} without SSL, "
-            f"{equal.with_ssl:{spec}} with it (lower is better); the curve with SSL lies {side} the other on average."
+            f"- {title} at equal PSNR, from {equal.low:.2f} to {equal.high:.2f} dB: {equal.without:{spec}} without "
+            f"SSL, {equal.with_ssl:{spec}} with it; lower is better, and on average the curve with SSL lies {side} "
+            f"the other."
         )
     figure.savefig(path, dpi=110)
     return lines
@@ -135,7 +136,7 @@ def _trials(facts: dict[str, Any]) -> list[str]:
     choice = facts["choice"]
     lines = [
         f"Weights tried on {facts['choosing_set']} (seed {choice['seed']}, {choice['steps']} steps); chosen: "
-        f"**{choice['chosen']:g}** for L1 and KL each. The last column: SSL's sum over the largest other term, end of log.",
+        f"**{choice['chosen']:g}** for L1 and KL each. Last column: SSL's sum over the largest other term, end of log.",
         "",
         "| weight | PSNR | SSG | ST-LPIPS-VGG | SSL / largest other |",
         "|---|---|---|---|---|",
@@ -156,15 +157,16 @@ def _setting(name: str, folder: Path, output: Path) -> tuple[list[str], list[str
     facts = collect.read_json(folder / "facts.json")
     rows, curve = (collect.read_rows(folder / file) for file in ("images.csv", "curve.csv"))
     lines = [title, ""]
-    small = f"A trial with 1/{facts['scale_down']} of the steps and images: its numbers mean nothing. "
+    if facts["scale_down"] > 1:
+        lines += [f"**A trial with 1/{facts['scale_down']} of the steps and images: its numbers mean nothing.**", ""]
     steps = ", ".join(f"{count} steps {what}" for what, count in facts["steps"].items())
-    lines.append(
-        f"{small * (facts['scale_down'] > 1)}{steps}; seeds {', '.join(map(str, facts['seeds']))}; {facts['precision']} "
-        f"(a step of convolutions took {facts['ms']['fp32']:.0f} ms in fp32, {facts['ms']['bf16']:.0f} in bf16). "
-        f"{facts['processor']}, {facts['processes']} processes of one thread, {facts['wall_seconds'] / 3600:.1f} hours, "
-        f"{facts['cpu_seconds'] / 3600:.1f} CPU-hours; PyTorch {facts['torch']}, commit {facts['git_commit'][:10]}, "
-        f"{facts['date'][:10]}."
-    )
+    hours = f"{facts['wall_seconds'] / 3600:.1f} hours, {facts['cpu_seconds'] / 3600:.1f} CPU-hours"
+    ms = " against ".join(f"{ms:.0f} ms in {name}" for name, ms in facts["ms"].items())
+    lines += [
+        f"{steps}; seeds {', '.join(map(str, facts['seeds']))}; {facts['precision']} (convolutions took {ms}). "
+        f"{facts['processor']}, {facts['processes']} processes of one thread, {hours}; PyTorch {facts['torch']}, "
+        f"commit {facts['git_commit'][:10]}, {facts['date'][:10]}.",
+    ]
     lines += ["", *_trials(facts)]
     summary = []
     for of_set in facts["sets"]:

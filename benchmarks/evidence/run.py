@@ -6,9 +6,9 @@
     python benchmarks/evidence/report.py
 
 DATA holds the folders BSD400 (training), Set14 (on which the weight of SSL is chosen), BSD100 and Set5 (tests); the
-test set demo is made of scikit-image's photographs. A setting takes about two hours on two cores. It may be stopped at any
-moment: the same command goes on. What is trained lies in the work folder; what the report needs, a few small files for
-each setting, in benchmarks/evidence/results.
+test set demo is made of scikit-image's photographs. A setting takes about two hours on two cores. It may be stopped
+at any moment: the same command goes on. What is trained lies in the work folder; what the report needs, a few small
+files for each setting, in benchmarks/evidence/results.
 """
 
 import argparse
