@@ -11,9 +11,9 @@ from typing import Any
 import matplotlib.figure
 import numpy as np
 
-from benchmarks.evidence.measures import WINDOW, artifact_shares, local_error
-from benchmarks.evidence.plan import CHOOSING, CURVE, CURVE_METRICS, HERE, Plan, chunks
 from evaluation.report import write_csv
+from evidence.measures import WINDOW, artifact_shares, local_error
+from evidence.plan import CHOOSING, CURVE, CURVE_METRICS, HERE, Plan, chunks
 from utils.utils_image import imread_uint
 from utils.utils_run import save_json
 
@@ -153,11 +153,11 @@ def pairs(rows: list[Row], base: str, seeds: Iterable[int], metric: str) -> tupl
     """Images; (seeds, images) of the metric without SSL, and with it."""
     names = list(dict.fromkeys(row["image"] for row in rows))
     values = {(row["model"], row["image"]): row.get(metric, math.nan) for row in rows}
-    both = [
+    without, with_ssl = (
         np.array([[values.get((f"{label}_s{seed}", image), math.nan) for image in names] for seed in seeds])
         for label in (base, f"{base}_ssl")
-    ]
-    return names, *both
+    )
+    return names, without, with_ssl
 
 
 def _draw_crops(plan: Plan, name: str, rows: list[Row], path: Path) -> None:

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 Picture = NDArray[np.uint8]
 Numbers = NDArray[np.float64]
 
+DRAWS = 4000  # of the bootstrap
+PRICE = 0.25  # dB, what SSL may cost where its weight is chosen
 WINDOW = 7  # px, the side of the box that an error is averaged over
 # Squared levels of 255. Noise of 10 levels on top of the PSNR model's picture raises the local error by 100: on a flat
 # area it is plainly seen, while most of the fine texture of a GAN stays below. 5 and 20 levels are reported too.
@@ -57,12 +59,13 @@ class Difference(NamedTuple):
         return "better" if (self.mean > 0) == higher_better else "worse"
 
 
-def difference(without: Numbers, with_ssl: Numbers, higher_better: bool, draws: int = 4000) -> Difference:
+def difference(without: Numbers, with_ssl: Numbers, higher_better: bool, draws: int = DRAWS) -> Difference:
     """The paired bootstrap: seeds and images are drawn again, each with replacement, all pairs of both kept together.
 
-    Of a drawn image all seeds are taken, of a drawn seed all images: what images have in common is not counted as if
-    each pair were independent. Few seeds are drawn from themselves: the variance between them comes out too small by
-    (S - 1) / S, a third with three, so the interval is too narrow where seeds differ more than images do.
+    Of a drawn image all seeds are taken, of a drawn seed all images: pairs that share either are not counted as if they
+    were independent. S seeds drawn from themselves show (S - 1) / S of the variance between seeds, two thirds with
+    three, so the interval is too narrow where seeds matter more than images do. Of made-up experiments with three
+    seeds and 60 images it held the truth in 96 % where seeds do not matter, in 80 % where they matter most.
 
     Args:
         without, with_ssl: (seeds, images), the metric of the two runs of each seed; NaN where an image has no value.
@@ -119,7 +122,7 @@ def at_equal_psnr(
     return AtEqualPSNR(float(low), float(high), *(float(np.interp(grid, *c.T).mean()) for c in curves))
 
 
-def choose_weight(trials: Mapping[float, Mapping[str, float]], price: float = 0.25) -> float:
+def choose_weight(trials: Mapping[float, Mapping[str, float]], price: float = PRICE) -> float:
     """The weight of SSL, from the means over Set14 at the end of the short runs; key 0 is the run without.
 
     Of the weights that cost at most ``price`` dB against weight 0, the one with the least ST-LPIPS-VGG; the smallest

@@ -35,16 +35,16 @@ class Setting(NamedTuple):
 SETTINGS = {
     setting.name: setting
     for setting in (
-        Setting("bicubic", "gan", "main_train_gan.py", (50, 100, 200)),
+        Setting("bicubic", "gan", "main_train_gan.py", (40, 80, 160)),
         Setting(
             "blind",
             "gan",
             "main_train_gan.py",
-            (50, 100, 200),
+            (40, 80, 160),
             psnr="blind",
             data=("datasets.train.dataset_type=blindsr", "datasets.train.degradation_type=bsrgan_light"),
         ),
-        Setting("resshift", "resshift", "main_train_dm.py", (1, 2, 4)),
+        Setting("resshift", "resshift", "main_train_dm.py", (3, 6, 12)),
     )
 }
 
@@ -99,7 +99,7 @@ class Plan:
 
     setting: Setting
     work: Path
-    raw: Path  # training pieces
+    photographs: Path  # for training
     sets: dict[str, list[Path]]  # name -> images of H; CHOOSING among them
     seeds: tuple[int, ...]
     precision: str
@@ -134,6 +134,11 @@ class Plan:
     def tested(self) -> dict[str, list[Path]]:
         """The test sets: those that nothing was chosen on."""
         return {name: images for name, images in self.sets.items() if name != CHOOSING}
+
+    @property
+    def raw(self) -> Path:
+        """The training pieces, of all settings."""
+        return self.work / "BSD400"
 
     def run(self, weight: float, seed: int) -> str:
         """The task of a run; weight 0 is the control."""
@@ -189,13 +194,15 @@ class Plan:
         return self.setting.base + "_ssl" * (weight > 0)
 
     def _prepare(self) -> list[Job]:
+        cut = ("subimages", "--format", "npy", "--size", "192", "--step", "145", "--workers", "1")
+        files = ("--input", str(self.photographs), "--output", str(self.raw))
+        jobs = [Job("pieces", ("main_prepare_data.py", *cut, *files), "prepare", 400)]
         if not self.setting.data:
-            return []
-        jobs = []
+            return jobs
         for name, images in self.sets.items():
-            kind = ("lr-blind", "--type", "bsrgan_light", "--seed", "0", "--workers", "1")
-            files = ("--input", *map(str, images), "--output", str(self.work / "L" / name))
-            jobs.append(Job(f"L_{name}", ("main_prepare_data.py", *kind, *files), "prepare", len(images)))
+            blind = ("lr-blind", "--type", "bsrgan_light", "--seed", "0", "--workers", "1")
+            L = ("--input", *map(str, images), "--output", str(self.work / "L" / name))
+            jobs.append(Job(f"L_{name}", ("main_prepare_data.py", *blind, *L), "prepare", len(images)))
         return jobs
 
     def _train_psnr(self) -> Job:

@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import matplotlib.figure
+import numpy as np
 
-from benchmarks.evidence import collect, plan
-from benchmarks.evidence.measures import THRESHOLDS, Difference, at_equal_psnr, difference
-from benchmarks.evidence.plan import ROOT
+from evidence import collect, plan
+from evidence.measures import DRAWS, PRICE, THRESHOLDS, WINDOW, at_equal_psnr, difference
+from evidence.plan import ROOT
 from utils.utils_error import ArgumentParser, run
 from utils.utils_metric_table import METRICS
 from utils.utils_run import write_atomically
@@ -40,16 +42,17 @@ model's, one for all seeds of a setting) and see the same patches in the same or
 SSL is the only difference. Small generators, short training: this shows what the loss changes under these conditions,
 and is no comparison with published models.
 
-The weight of SSL was chosen on {choosing} alone, after a quarter of the steps, with the first seed: of three values
-the one with the least ST-LPIPS-VGG among those that cost at most 0.25 dB against the control, the smallest where all
-cost more. Nothing was chosen on the sets that follow.
+The weight of SSL was chosen on {choosing} alone, after a quarter of the steps, with the first seed: of the values
+tried the one with the least ST-LPIPS-VGG among those that cost at most {price:g} dB against the control, the smallest
+where all cost more. Nothing was chosen on the sets that follow.
 
-How to read the tables. Differences are with SSL minus without. The interval holds 95 % of {draws:,} paired bootstrap
-means: seeds and images are drawn again with replacement, both runs of a pair kept together. Three seeds are few: the
-variance between seeds comes out a third too small, so the interval is too narrow where seeds differ more than images
-do; the differences of the single seeds stand beside it. Intervals are not corrected for their number: of twenty
-metrics without any effect one is expected to look like one. "better" and "worse" mean that the interval excludes 0,
-"undecided" that it does not. Images better, largest gain and largest loss are of the mean over seeds.
+How to read the tables. Differences are with SSL minus without. The interval holds 95 % of {draws:,} means of the
+paired bootstrap: seeds and images are drawn again with replacement, both runs of a pair kept together. Seeds are few:
+three that are drawn from themselves show two thirds of the variance between seeds, so the interval is too narrow
+where seeds matter more than images do; the differences of the single seeds stand beside it. Intervals are not
+corrected for their number: of twenty metrics without any effect one is expected to look like one. "better" and
+"worse" mean that the interval excludes 0, "undecided" that it does not. Images better, largest gain and largest loss
+are of the mean over seeds.
 
 The artifact measure: e(x) is the mean of (E - H)² over RGB and the {window} x {window} pixels around x, in squared
 levels of 255, inside a border of 4 pixels; artifacts are the share of pixels, in per cent, where e of a model exceeds
@@ -74,14 +77,14 @@ def _set(rows: list[collect.Row], facts: dict[str, Any], name: str) -> tuple[lis
     """The table of a test set; verdict -> titles of metrics."""
     base, seeds = facts["base"], facts["seeds"]
     images = len({row["image"] for row in rows})
-    columns = ("metric", "bicubic", "psnr", base, f"{base} + SSL", "difference", "95 % interval", "")
-    columns += (f"seeds {', '.join(map(str, seeds))}", "images better", "largest gain", "largest loss")
+    columns = ["metric", "bicubic", "psnr", base, f"{base} + SSL", "difference", "95 % interval", ""]
+    columns += [f"seeds {', '.join(map(str, seeds))}", "images better", "largest gain", "largest loss"]
     lines = [f"### {name}, {images} images", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     verdicts: dict[str, list[str]] = {"better": [], "worse": [], "undecided": []}
     for metric, (title, higher_better, spec) in _metrics(rows).items():
         names, without, with_ssl = collect.pairs(rows, base, seeds, metric)
         try:
-            d: Difference = difference(without, with_ssl, higher_better)
+            d = difference(without, with_ssl, higher_better)
         except ValueError:  # no image has this metric
             continue
         change = (with_ssl - without).mean(0)
@@ -89,7 +92,7 @@ def _set(rows: list[collect.Row], facts: dict[str, Any], name: str) -> tuple[lis
         verdicts[verdict].append(title)
         signed = f"+{spec}"
         means = [collect.mean([row for row in rows if row["model"] == model], metric) for model in ("bicubic", "psnr")]
-        measured = ~(without + with_ssl != without + with_ssl).any(0)
+        measured = np.isfinite(change)
         means += [float(values[:, measured].mean()) for values in (without, with_ssl)]
         arrow = "\u2191" if higher_better else "\u2193"
         ends = [f"{names[at]} ({_number(change[at], signed)})" for at in (d.best, d.worst)]
@@ -199,7 +202,7 @@ def main() -> None:
         lines, summary = _setting(name, args.results / name, args.output)
         parts += ["", *lines]
         summaries += summary
-    head = HEAD.format(choosing=plan.CHOOSING, draws=4000, window=collect.WINDOW)
+    head = HEAD.format(choosing=plan.CHOOSING, price=PRICE, draws=DRAWS, window=WINDOW)
     write_atomically("\n".join([head, "## Summary", "", *summaries, *parts]) + "\n", args.output)
     print(f"written: {args.output}")
 

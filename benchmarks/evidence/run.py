@@ -23,16 +23,17 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import nn
 
-from benchmarks.evidence import collect
-from benchmarks.evidence.measures import choose_weight
-from benchmarks.evidence.plan import CHOOSING, ROOT, SECONDS, SETTINGS, Job, Plan, Stage
 from data.preparation.demo import prepare_demo
 from evaluation.report import format_table
+from evidence import collect
+from evidence.measures import choose_weight
+from evidence.plan import CHOOSING, ROOT, SECONDS, SETTINGS, Job, Plan, Stage
 from training.progress import duration
 from utils.utils_error import ArgumentParser, UserError, run
 from utils.utils_image import get_image_paths
@@ -235,8 +236,9 @@ def plan_of(name: str, args: argparse.Namespace, precision: str) -> Plan:
         if folder.name in sets:
             raise UserError(f"{folder}: two sets are called {folder.name}; rename one")
         sets[folder.name] = _images(folder, args.scale_down)
-    raw = args.work / "BSD400"
-    return Plan(SETTINGS[name], args.work, raw, sets, tuple(args.seeds), precision, args.scale_down)
+    photographs = args.data / "BSD400"
+    _images(photographs, 1)
+    return Plan(SETTINGS[name], args.work, photographs, sets, tuple(args.seeds), precision, args.scale_down)
 
 
 def print_plan(plan: Plan, state: State, weight: float | None, processes: int) -> None:
@@ -313,17 +315,6 @@ def main() -> None:
                 print_plan(plan, State(plan.folder / "state.json"), collect.chosen(plan), args.processes)
             if args.dry_run:
                 return
-            cut = ("subimages", "--format", "npy", "--size", "192", "--step", "145", "--workers", "1")
-            command = (
-                "main_prepare_data.py",
-                *cut,
-                "--input",
-                str(args.data / "BSD400"),
-                "--output",
-                str(plans[0].raw),
-            )
-            pieces = Job("BSD400", tuple(command), "prepare", 400)
-            run_stage(Stage("", [pieces]), State(args.work / "state.json"), 1, args.work / "logs", lock.fileno())
             for plan in plans:
                 run_setting(plan, args, {**precision, **_machine()}, lock.fileno())
         except KeyboardInterrupt:
