@@ -357,9 +357,9 @@ def test_the_report_says_what_the_numbers_say(tmp_path, monkeypatch):
     text = write_report(tmp_path, monkeypatch)
     summary = text[text.index("## Summary") : text.index("## Bicubic")]
     ours, blind, dm = summary.strip().split("\n")[2:]
-    assert ours.endswith("With SSL better: PSNR, ST-LPIPS-VGG; worse: none; undecided: artifacts > 100, %.")
+    assert ours.endswith("With SSL better: PSNR, ST-LPIPS-VGG; worse: none; undecided: artifacts (% > 100).")
     assert blind.endswith("not run yet.")
-    assert dm.endswith("With SSL better: none; worse: PSNR, ST-LPIPS-VGG; undecided: artifacts > 100, %.")
+    assert dm.endswith("With SSL better: none; worse: PSNR, ST-LPIPS-VGG; undecided: artifacts (% > 100).")
     table = text[text.index("### Set5, 8 images") :]
     assert "| PSNR \u2191 | 24.00 | 27.00 |" in table
     assert "| +0.50 | +0.50 to +0.50 | better | +0.50, +0.50 | 100 % |" in table

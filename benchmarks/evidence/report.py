@@ -25,7 +25,7 @@ TITLES = {
     "blind": "Blind degradation, GAN",
     "resshift": "ResShift in pixels, bicubic degradation",
 }
-ARTIFACTS = {name: f"artifacts > {threshold:g}, %" for name, threshold in THRESHOLDS.items()}
+ARTIFACTS = {name: f"artifacts (% > {threshold:g})" for name, threshold in THRESHOLDS.items()}
 
 HEAD = """# Does the self-similarity loss help?
 
