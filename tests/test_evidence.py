@@ -222,6 +222,15 @@ def test_nothing_is_chosen_on_a_test_set(tmp_path):
         plan_of_arguments(tmp_path, test=[tmp_path / "Set14"])
 
 
+@pytest.mark.parametrize(("names", "message"), [(("a.png", "a.bmp"), "rename one"), (("=a.png",), "rename it")])
+def test_images_whose_results_could_not_be_found_again_are_refused(tmp_path, names, message):
+    (make_data(tmp_path) / "mine").mkdir()
+    for name in names:
+        imsave(photograph(48, 48), str(tmp_path / "mine" / name))
+    with pytest.raises(UserError, match=message):
+        plan_of_arguments(tmp_path, test=[tmp_path / "mine"])
+
+
 def plan_of_arguments(data: Path, test: list[Path]) -> plan.Plan:
     from argparse import Namespace
 

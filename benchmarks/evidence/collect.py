@@ -12,7 +12,7 @@ import matplotlib.figure
 import numpy as np
 
 from evaluation.report import write_csv
-from evidence.measures import WINDOW, artifact_shares, local_error
+from evidence.measures import WINDOW, Picture, artifact_shares, local_error
 from evidence.plan import CHOOSING, CURVE, CURVE_METRICS, HERE, Plan, chunks
 from utils.utils_image import imread_uint
 from utils.utils_run import save_json
@@ -127,26 +127,21 @@ def collect(plan: Plan, weight: float, about: Mapping[str, Any], output: Path) -
         _draw_crops(plan, name, [row for row in rows if row["set"] == name], path)
 
 
-def _picture(plan: Plan, name: str, model: str, image: str) -> Any:
-    """What ``model`` made of an image."""
-    what = f"test_{name}"
-    folders = (plan.results(what, number) / model / name for number in range(len(chunks(plan.sets[name]))))
-    path = next(folder / f"{image}.png" for folder in folders if (folder / f"{image}.png").exists())
-    return imread_uint(str(path), 3)
-
-
-def _truth(plan: Plan, name: str, image: str, shape: tuple[int, ...]) -> Any:
-    """H, cut as the data set cuts it."""
-    path = next(path for path in plan.sets[name] if path.stem == image)
-    return imread_uint(str(path), 3)[: shape[0], : shape[1]]
+def _pictures(plan: Plan, name: str, image: str, models: Iterable[str]) -> list[Picture]:
+    """H, cut as the data set cuts it, then what the models made of it."""
+    number = next(number for number, its in enumerate(chunks(plan.sets[name])) if image in [path.stem for path in its])
+    folder = plan.results(f"test_{name}", number)
+    made = [imread_uint(str(folder / model / name / f"{image}.png"), 3) for model in models]
+    H = imread_uint(str(next(path for path in plan.sets[name] if path.stem == image)), 3)
+    return [H[: made[0].shape[0], : made[0].shape[1]], *made]
 
 
 def _add_artifacts(plan: Plan, name: str, rows: list[Row]) -> None:
     for row in rows:
         if row["model"] in ("psnr", "bicubic"):  # the one is compared with itself, of the other no picture is kept
             continue
-        psnr, E = (_picture(plan, name, model, row["image"]) for model in ("psnr", row["model"]))
-        row |= artifact_shares(E, psnr, _truth(plan, name, row["image"], E.shape))
+        H, psnr, E = _pictures(plan, name, row["image"], ("psnr", row["model"]))
+        row |= artifact_shares(E, psnr, H)
 
 
 def pairs(rows: list[Row], base: str, seeds: Iterable[int], metric: str) -> tuple[list[str], Any, Any]:
@@ -167,20 +162,20 @@ def _draw_crops(plan: Plan, name: str, rows: list[Row], path: Path) -> None:
     change = (with_ssl - without).mean(0)
     if not np.isfinite(change).any():
         return
-    labels = {"psnr": "psnr", base: f"{base}_s{seed}", f"{base} + SSL": f"{base}_ssl_s{seed}"}
+    labels = ("H", "psnr", base, f"{base} + SSL")
     figure = matplotlib.figure.Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots(2, 1 + len(labels))
+    axes = figure.subplots(2, len(labels))
     for line, (title, index) in enumerate({"gain": np.nanargmin(change), "loss": np.nanargmax(change)}.items()):
         image = names[index]
-        shown = {label: _picture(plan, name, model, image) for label, model in labels.items()}
-        H = _truth(plan, name, image, shown["psnr"].shape)
-        grown = local_error(shown[f"{base} + SSL"], H, 0) - local_error(shown[base], H, 0)
+        shown = _pictures(plan, name, image, ("psnr", f"{base}_s{seed}", f"{base}_ssl_s{seed}"))
+        H, _, without_ssl, ours = shown
+        grown = local_error(ours, H, 0) - local_error(without_ssl, H, 0)
         y, x = np.unravel_index((-grown if title == "gain" else grown).argmax(), grown.shape)
         top, left = (
             int(np.clip(at + WINDOW // 2 - CROP // 2, 0, max(0, side - CROP)))
             for at, side in zip((y, x), H.shape, strict=False)
         )
-        for axis, (label, picture) in zip(axes[line], {"H": H, **shown}.items(), strict=True):
+        for axis, label, picture in zip(axes[line], labels, shown, strict=True):
             axis.imshow(picture[top : top + CROP, left : left + CROP], interpolation="nearest")
             axis.set(xticks=[], yticks=[], title=label)
         axes[line][0].set_ylabel(f"largest {title}\n{image}")

@@ -35,9 +35,10 @@ from evidence import collect
 from evidence.measures import choose_weight
 from evidence.plan import CHOOSING, ROOT, SECONDS, SETTINGS, Job, Plan, Stage
 from training.progress import duration
-from utils.utils_error import ArgumentParser, UserError, run
+from utils.utils_error import ArgumentParser, UserError, printable, run
 from utils.utils_image import get_image_paths
 from utils.utils_logger import setup
+from utils.utils_name import cell, output_names
 from utils.utils_run import run_facts, save_json
 
 logger = logging.getLogger(__name__)
@@ -196,6 +197,9 @@ def _images(folder: Path, part: int) -> list[Path]:
     images = [Path(path) for path in get_image_paths(str(folder)) if Path(path).parent == folder]
     if not images:
         raise UserError(f"{folder}: no images there; those of subfolders are not taken")
+    names = output_names([*map(str, images)], [str(folder)])
+    if odd := [name for name in names if cell(printable(name)) != name]:
+        raise UserError(f"{folder}: the table of results would change the name of {odd[0]}; rename it")
     return images[: max(2, len(images) // part)]
 
 
