@@ -15,6 +15,7 @@ from utils.utils_error import UserError
 from utils.utils_image import imsave
 from utils.utils_option import parse
 
+pytest.importorskip("fcntl", reason="the experiment runs on Linux and macOS")
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 from evidence import collect, plan, report, run
 from evidence.measures import artifact_shares, at_equal_psnr, choose_weight, difference, local_error

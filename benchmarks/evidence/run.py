@@ -8,11 +8,12 @@
 DATA holds the folders BSD400 (training), Set14 (on which the weight of SSL is chosen), BSD100 and Set5 (tests); the
 test set demo is made of scikit-image's photographs. A setting takes about two hours on two cores. It may be stopped
 at any moment: the same command goes on. What is trained lies in the work folder; what the report needs, a few small
-files for each setting, in benchmarks/evidence/results.
+files for each setting, in benchmarks/evidence/results. Linux and macOS.
 """
 
 import argparse
 import fcntl
+import importlib.util
 import logging
 import os
 import platform
@@ -306,6 +307,9 @@ def _machine() -> dict[str, Any]:
 def main() -> None:
     args = _arguments()
     setup()
+    for library in ("pyiqa", "diffusers"):
+        if importlib.util.find_spec(library) is None:  # told now, not by a test hours later
+            raise UserError(f"{library} is not installed: python -m pip install -r requirements-extra.txt")
     args.work.mkdir(parents=True, exist_ok=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop_once)
