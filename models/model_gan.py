@@ -39,6 +39,7 @@ class ModelGAN(ModelSR):
         super().__init__(opt, device)
         self.netD = self.add_network("D", define_D(opt), opt.path.pretrained_netD, opt.train.D_param_strict)
         self.gan = GANLoss(opt.train.gan_type)
+        self.judges_once = opt.train.D_once
         if self.in_pieces and self.gan.needs_real:
             self.warn_of_pieces(f"the means of {self.gan.gan_type} are")
 
@@ -75,7 +76,7 @@ class ModelGAN(ModelSR):
         """The generator's weighted losses; ``judged`` gets the logits that the discriminators learn from too."""
         terms = self.fidelity_terms(output)
         for name, contest in contests.items():
-            if self.opt.train.D_once:
+            if self.judges_once:
                 loss, judged[name] = self._judged_once(name, contest)
             else:
                 loss = self._fooling(name, contest)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from data.loader import ahead
 from models.precision import of_many_sizes, set_up
+from tests.test_train import forget_manifests
 from tests.training import SSL, Workplace, assert_same, tree
 from utils.utils_checkpoint import unwrap
 from utils.utils_error import UserError
@@ -141,6 +142,7 @@ def test_a_run_whose_optimizer_was_not_fused_goes_on(work: Workplace) -> None:
     for group in state["param_groups"]:
         group["fused"] = None
     torch.save(state, path)
+    forget_manifests(work.folder())
     work.run("train.iterations=3")
     assert work.saved(3)["optimizerG"]["param_groups"][0]["fused"] is True
     assert work.saved(3)["optimizerG"]["state"][0]["step"] == 3

@@ -331,7 +331,9 @@ def is_read(opt: Options) -> dict[str, dict[str, bool]]:
         "G_charbonnier_eps": sr and train.G_lossfn_weight > 0 and train.G_lossfn_type == "charbonnier",
         "percep_gt_usm": with_F,
         **{name: with_F for name in TrainOptions.model_fields if name.startswith("F_") and name != "F_lossfn_weight"},
-        **dict.fromkeys(("D_lossfn_weight", "gradient_D_lossfn_weight", "D_init_iters", "D_update_ratio"), gan),
+        **dict.fromkeys(
+            ("D_lossfn_weight", "gradient_D_lossfn_weight", "D_init_iters", "D_update_ratio", "D_once"), gan
+        ),
         "gan_type": trains_D,
         "region_aware": gan and train.D_lossfn_weight > 0,
         **dict.fromkeys(("ssl_mode", "search_border", "kernel_size_search", "kernel_size_window"), with_ssl),
