@@ -8,13 +8,18 @@ RUN = $(VENV)/bin/python
 PSNR ?=
 GAN ?=
 
+# The control: all else is the same.
+WITHOUT_SSL = task=demo_gan train.ssl_l1_weight=0 train.ssl_kl_weight=0
+
 .PHONY: demo demo-dm test check schema
 
 demo: $(VENV)/.installed
 	$(RUN) main_prepare_data.py demo
 	$(RUN) main_train_psnr.py --opt options/train_demo_psnr.json $(PSNR)
+	$(RUN) main_train_gan.py --opt options/train_demo_gan_ssl.json $(WITHOUT_SSL) $(GAN)
 	$(RUN) main_train_gan.py --opt options/train_demo_gan_ssl.json $(GAN)
-	$(RUN) main_test.py --model_path psnr=experiments/demo_psnr gan_ssl=experiments/demo_gan_ssl --gt testsets/demo
+	$(RUN) main_test.py --model_path psnr=experiments/demo_psnr gan=experiments/demo_gan \
+		gan_ssl=experiments/demo_gan_ssl --gt testsets/demo --metrics default stlpips_vgg
 
 demo-dm: $(VENV)/.installed-extra
 	$(RUN) main_prepare_data.py demo
