@@ -11,7 +11,6 @@ import importlib.util
 import io
 import logging
 import math
-import socket
 import sys
 import threading
 import types
@@ -29,6 +28,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from models.loss_metric import LearnedMetric
+from models.network_feature import socket_timeout
 from utils.utils_error import UserError
 from utils.utils_image import calculate_psnr, calculate_ssim, uint2tensor4, unrounded_y
 from utils.utils_metric_table import GROUPS, METRICS, choose
@@ -150,7 +150,7 @@ def _loading(online: bool) -> Iterator[None]:
     """Build networks quietly, and give up soon where weights cannot be fetched; what is in a cache works either way."""
     from huggingface_hub import constants
 
-    timeout, offline = socket.getdefaulttimeout(), constants.HF_HUB_OFFLINE
+    offline = constants.HF_HUB_OFFLINE
     # OpenAI's CLIP takes `packaging` from setuptools' pkg_resources, which newer setuptools no longer has.
     stand_in = None if importlib.util.find_spec("pkg_resources") else types.ModuleType("pkg_resources")
     if stand_in:
@@ -159,12 +159,10 @@ def _loading(online: bool) -> Iterator[None]:
         stand_in.packaging = packaging  # type: ignore[attr-defined]
         sys.modules["pkg_resources"] = stand_in
     try:
-        socket.setdefaulttimeout(30 if online else 3)
         constants.HF_HUB_OFFLINE = offline or not online  # else it tries for a minute
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it loads
+        with socket_timeout(30 if online else 3), contextlib.redirect_stdout(io.StringIO()):  # it prints what it loads
             yield
     finally:
-        socket.setdefaulttimeout(timeout)
         constants.HF_HUB_OFFLINE = offline
         if stand_in:
             del sys.modules["pkg_resources"]
