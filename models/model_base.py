@@ -297,7 +297,7 @@ class ModelBase:
         norms = {}
         for name in trained:
             self.scalers[name].unscale_(self.optimizers[name])
-            parameters = [p for p in self.networks[name].parameters() if p.grad is not None]
+            parameters = list(self.networks[name].parameters())
             clip = self.opt.train.optimizer(_side(name)).clipgrad
             norms[f"{name}_grad"] = (
                 torch.nn.utils.clip_grad_norm_(parameters, clip)
@@ -459,8 +459,8 @@ class ModelSR(ModelBase):
             terms["G_loss"] = train.G_lossfn_weight * self.pixel(E, self.H_usm if train.l1_gt_usm else self.H)
         if self.perceptual is not None:
             terms["F_loss"] = train.F_lossfn_weight * self.perceptual(E, self.H_usm if train.percep_gt_usm else self.H)
-        for name, metric in self.metrics.items():
-            terms[name] = train.iqa_losses[name] * metric(E, self.H).mean()
+        for name, weight in train.iqa_losses.items():
+            terms[name] = weight * self.metrics[name](E, self.H).mean()
         if train.gradient_weight > 0:
             terms["gradient"] = train.gradient_weight * F.mse_loss(self.gradient_map(E), self.gradient_H)
         if isinstance(output, SPSROutput):
