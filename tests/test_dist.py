@@ -1,5 +1,6 @@
 """Two processes on the CPU (gloo) train as one: one set of files, one log, the same steps."""
 
+import gc
 import os
 import re
 import signal
@@ -120,6 +121,10 @@ class Processes:
                 free.bind(("", 0))
                 port = free.getsockname()[1]
         pids = []
+        # What other tests left in cycles may own threads, as process groups do. A fork has no such threads, and would
+        # abort in waiting for them if it collected their owners.
+        gc.collect()
+        gc.freeze()
         for rank in range(count):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
             place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": agent}
@@ -127,6 +132,7 @@ class Processes:
             if pid == 0:
                 self._child(main, rank, {name: str(value) for name, value in {**place, **variables}.items()})
             pids.append(pid)
+        gc.unfreeze()
         end = time.monotonic() + 60
         statuses: dict[int, int] = {}
         while len(statuses) < count:
