@@ -61,6 +61,32 @@ def _check_moments(optimizer: torch.optim.Optimizer) -> None:
                     raise ValueError(f"{name} of a weight of shape {tuple(parameter.shape)} is {shape}")
 
 
+class Kept(NamedTuple):
+    """A buffer, and what it held."""
+
+    buffer: Tensor
+    value: Tensor
+
+    @classmethod
+    def of(cls, networks: Iterable[nn.Module], endings: tuple[str, ...] = ("",)) -> "list[Kept]":
+        """The networks' buffers whose names end so."""
+        named = (pair for network in networks for pair in network.named_buffers())
+        return [cls(buffer, buffer.clone()) for name, buffer in named if name.endswith(endings)]
+
+    def put_back(self) -> None:
+        """Have the buffer hold it again."""
+        self.buffer.copy_(self.value)
+
+
+class Bad(NamedTuple):
+    """A number of a step that is not finite."""
+
+    term: str
+    value: float
+    is_loss: bool  # or else a gradient's norm, to which all processes have added
+    paths: list[str]  # of the process's images
+
+
 class Piece(NamedTuple):
     """A part of a batch that goes through the networks at once."""
 
@@ -92,6 +118,9 @@ class ModelBase:
         self.scalers: dict[str, torch.amp.GradScaler] = {}
         self.piece = Piece(slice(None))  # of the batch, at hand
         self.trained: dict[str, dict[str, Tensor]] = {}  # of the step at hand: network -> its loss's terms
+        self.paths: list[str] = []  # of the fed images, where the data set gives them
+        self.bad_steps = self.bad_in_a_row = 0  # left out so far, and since the last sound one (train.skip_bad_steps)
+        self._begun: list[Kept] = []  # the buffers as they were before the step at hand
 
     # ------------------------------------------------------------------------------------------------------ building
 
@@ -194,6 +223,8 @@ class ModelBase:
     def feed_data(self, data: dict[str, Any]) -> None:
         """Take a batch, or a piece of one: its tensors, on the device; each kind of model says which."""
         self.log = {}  # of the step to come
+        paths = (data[name] for name in ("H_path", "L_path") if name in data)
+        self.paths = list(dict.fromkeys(path for of_images in paths for path in of_images))
         tensors = {name: value for name, value in data.items() if isinstance(value, Tensor)}
         self.fed = {name: value.to(self.device, non_blocking=True) for name, value in tensors.items()}
 
@@ -228,6 +259,8 @@ class ModelBase:
         In each of them :meth:`backward` adds to the gradients, whose sums are those of the batch.
         """
         self.trained = {}
+        if self.opt.train.skip_bad_steps:
+            self._begun = Kept.of(self.networks[name] for name in self.optimizers)
         whole = len(next(iter(self.fed.values())))
         size = min(self.opt.train.micro_batch or whole, whole)
         if size == whole:
@@ -236,18 +269,17 @@ class ModelBase:
             return
         edges = self._count_edges()
         all_edges = edges.sum().clamp_min(1)
-        batch = self.fed  # perhaps with the masks that were counted
+        batch, paths = self.fed, self.paths  # perhaps with the masks that were counted
         # Spectral norms take a step of the power iteration in each call. Without data in it, it is repeated from where
         # the batch began: each piece sees the very weights that the whole batch would.
-        buffers = [b for net in self.networks.values() for n, b in net.named_buffers() if n.endswith(("_u", "_v"))]
-        begun = [buffer.clone() for buffer in buffers]
+        begun = Kept.of(self.networks.values(), ("_u", "_v"))
         shown: dict[str, Tensor] = {}
         for first in range(0, whole, size):
             images = slice(first, min(first + size, whole))
             self.feed_data({name: values[images] for name, values in batch.items()})
             self.piece = Piece(images, len(range(whole)[images]) / whole, edges[images].sum() / all_edges)
-            for buffer, value in zip(buffers, begun, strict=True):
-                buffer.copy_(value)
+            for kept in begun:
+                kept.put_back()
             with ExitStack() as stack:
                 # Several processes exchange their gradients once a step, after the last piece.
                 for network in self.networks.values():
@@ -256,7 +288,7 @@ class ModelBase:
                 yield self.piece
             self._add(shown, self.shown)
             self.shown = {}
-        self.shown = shown
+        self.shown, self.paths = shown, paths
 
     def _count_edges(self) -> Tensor:
         """The edge pixels of each fed image, (N,), where a loss is a mean over them."""
@@ -280,20 +312,23 @@ class ModelBase:
         self.scalers[name].scale(torch.stack(weighted).sum()).backward()
         self._add(self.trained.setdefault(name, {}), terms)
 
-    def update(self, current_step: int) -> None:
+    def update(self, current_step: int) -> bool:
         """Step the networks that :meth:`backward` has given gradients, and log their terms, norms, ``shown``.
 
         Args:
             current_step: for messages.
 
+        Returns:
+            False where a loss or a gradient is NaN or infinite and the step is left out (``train.skip_bad_steps``), in
+            all processes alike: weights, moments, buffers and loss scalers are those of before, nothing is logged.
+
         Raises:
-            UserError: a loss or a gradient is NaN or infinite; all weights are left as they were.
+            UserError: a loss or a gradient is NaN or infinite, too often in a row; all weights are left as they were.
         """
         trained, self.trained = self.trained, {}
         if not trained:  # a step in which everything rests
-            return
+            return True
         terms = {term: value for of_one in trained.values() for term, value in of_one.items()}
-        owner = {term: _side(name) for name, of_one in trained.items() for term in (*of_one, f"{name}_grad")}
         norms = {}
         for name in trained:
             self.scalers[name].unscale_(self.optimizers[name])
@@ -304,25 +339,67 @@ class ModelBase:
                 if clip
                 else torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             )
-        named = terms | self.shown | norms
+        losses = terms | self.shown
+        named = losses | norms
         self.shown = {}
+        numbers = torch.stack([v.detach().float() for v in named.values()])
+        if self.opt.train.skip_bad_steps:
+            # Gradients are the same in all processes, a loss is each one's own: where one is broken, all must know.
+            broken = numbers[: len(losses)].isfinite().logical_not().any()
+            numbers = torch.cat([numbers, utils_dist.summed(broken.float())[None]])
         # One host synchronisation a step buys that no broken update is ever applied, let alone saved.
-        values = torch.stack([v.detach().float() for v in named.values()]).tolist()
-        self.log.update(zip(named, values, strict=True))
-        for term, value in zip(named, values, strict=True):
-            if math.isfinite(value):
-                continue
-            # A gradient beyond half precision makes its network's scaler leave this step out and halve its factor,
-            # which helps once.
-            if term not in norms or not self._can_halve(self.scalers[term.removesuffix("_grad")]):
-                side = owner.get(term, "G")
-                raise UserError(
-                    f"step {current_step}: {term} is {value}, training stops before it spoils the weights; lower "
-                    f"train.{side}_optimizer_lr or set train.{side}_optimizer_clipgrad, then start again to resume"
-                )
+        values = numbers.tolist()
+        found = dict(zip(named, values, strict=False))
+        # A gradient beyond half precision makes its network's scaler leave this step out and halve its factor,
+        # which helps once.
+        bad = [
+            Bad(term, value, term in losses, self.paths)
+            for term, value in found.items()
+            if not math.isfinite(value)
+            and not (term in norms and self._can_halve(self.scalers[term.removesuffix("_grad")]))
+        ]
+        if bad or any(values[len(named) :]):
+            owner = {term: name for name, of_one in trained.items() for term in (*of_one, f"{name}_grad")}
+            self._leave_out(current_step, bad[:1], owner)
+            return False
+        self.bad_in_a_row = 0
+        self.log.update(found)
         for name in trained:
             self.scalers[name].step(self.optimizers[name])
             self.scalers[name].update()
+        return True
+
+    def _leave_out(self, current_step: int, own: list[Bad], owner: Mapping[str, str]) -> None:
+        """Put back what a bad step has changed and tell of it, or end the run.
+
+        Args:
+            own: what is broken in this process; nothing where it is so in another one alone.
+            owner: term -> the trained network of whose loss it is a part.
+        """
+        most = self.opt.train.skip_bad_steps
+        found = [bad for of_one in utils_dist.gathered(own) for bad in of_one] if most else own
+        found = [bad for bad in found if bad.is_loss] or found  # of a gradient alone nobody can say whose it is
+        term, value = found[0].term, found[0].value
+        paths = ", ".join(path for bad in found for path in bad.paths)
+        images = f"; images: {paths}" if most and paths else ""
+        self.bad_in_a_row += 1
+        if self.bad_in_a_row >= most:
+            row = f", bad step {most} of {most} in a row (train.skip_bad_steps)" if most > 1 else ""
+            side = _side(owner.get(term, "G"))
+            raise UserError(
+                f"step {current_step}: {term} is {value}{row}, training stops before it spoils the weights; lower "
+                f"train.{side}_optimizer_lr or set train.{side}_optimizer_clipgrad, then start again to resume{images}"
+            )
+        for kept in self._begun:
+            kept.put_back()
+        for name in set(owner.values()):
+            self.scalers[name].update(self.scalers[name].get_scale())  # neither halved nor nearer to being doubled
+        self.bad_steps += 1
+        if utils_dist.rank() == 0:
+            logger.warning(
+                "step %d: %s is %s, the step is left out (%d in a row, the run ends at %d; %d in all)%s",
+                *(current_step, term, value, self.bad_in_a_row, most, self.bad_steps, images),
+            )
 
     @staticmethod
     def _can_halve(scaler: torch.amp.GradScaler) -> bool:

@@ -58,8 +58,8 @@ class ModelDM(ModelSR):
         draw = self.draw()
         for piece in self.pieces():
             self.backward("G", self.losses(draw.of(piece.images)))
-        self.update(current_step)
-        self.update_E()
+        if self.update(current_step):
+            self.update_E()
 
     def draw(self) -> Draw:
         """Times, spread evenly over the process's, and noise for the fed batch."""

@@ -56,8 +56,7 @@ class ModelGAN(ModelSR):
                 self.backward("G", self._terms(output, contests, judged))
             for name, contest in contests.items():
                 self._tell_apart(name, contest, judged.get(name))
-        self.update(current_step)
-        if with_G:
+        if self.update(current_step) and with_G:
             self.update_E()
 
     def losses(self) -> dict[str, Tensor]:

@@ -13,8 +13,8 @@ class ModelPlain(ModelSR):
         """One step of the generator, the batch at once or in pieces."""
         for _ in self.pieces():
             self.backward("G", self.losses())
-        self.update(current_step)
-        self.update_E()
+        if self.update(current_step):
+            self.update_E()
 
     def losses(self) -> dict[str, Tensor]:
         """The weighted losses of the fed images, by name."""

@@ -1,6 +1,8 @@
 """Two processes on the CPU (gloo) train as one: one set of files, one log, the same steps."""
 
+import copy
 import gc
+import math
 import os
 import re
 import signal
@@ -28,6 +30,7 @@ from training.loop import training_options
 from utils import utils_dist, utils_launch
 from utils.utils_error import UserError
 from utils.utils_image import imsave
+from utils.utils_logger import setup
 
 
 @pytest.fixture
@@ -209,6 +212,35 @@ def test_each_process_goes_on_with_its_own_pool_of_pairs(work: Workplace, proces
     assert_same(whole, work.saved(6, "parts"))
     work.run(*pool, "task=parts", "train.iterations=7")
     assert "checkpoint 6 has pools of 2 processes, not of 1: it is filled anew" in work.log("parts")
+
+
+@forks
+def test_all_processes_leave_out_a_step_that_is_bad_for_one_of_them(work: Workplace, processes: Processes) -> None:
+    def main(rank: int) -> None:
+        utils_dist.init()
+        setup(quiet=rank > 0)
+        model = work.model("model=gan", "train.skip_bad_steps=2")
+        sound = model.pixel
+        for step in (1, 2, 3):
+            # A loss that is not finite while its gradient is: the other process sees nothing of it.
+            bad = math.inf if (rank, step) == (1, 2) else 0.0
+            model.pixel = lambda E, H: sound(E, H) + bad  # noqa: B023
+            before = copy.deepcopy([net.state_dict() for net in model.networks.values()])
+            model.feed_data(work.batch(number=rank) | {"H_path": [f"of {rank}"]})
+            model.optimize_parameters(step)
+            after = [net.state_dict() for net in model.networks.values()]
+            assert (model.current_log() == {}) == (step == 2)
+            if step == 2:
+                assert_same(before, after)
+            weights = torch.cat([p.detach().flatten() for net in model.networks.values() for p in net.parameters()])
+            assert len({tuple(digits) for digits in utils_dist.gathered(weights.tolist())}) == 1
+        assert model.bad_steps == 1
+        utils_dist.close()
+
+    ended = processes(main)
+    assert [e.status for e in ended] == [0, 0], ended
+    assert re.fullmatch(r"step 2: G_loss is inf, the step is left out .*; images: of 1\n", ended[0].out)
+    assert ended[0].err == ended[1].out == ended[1].err == ""
 
 
 # What SLURM's commands do, for two processes of this machine.

@@ -1,5 +1,6 @@
-"""The training step: one pass of netD for both players, compiled networks, fused optimizers, what failures say."""
+"""The training step: one pass of netD for both players, compiled networks, fused optimizers, bad steps, failures."""
 
+import copy
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from data.loader import ahead
 from models.precision import of_many_sizes, set_up
+from tests.test_ranker import Results
+from tests.test_systems import SPSR, SPSR_TERMS
 from tests.test_train import forget_manifests
 from tests.training import SSL, Workplace, assert_same, tree
 from utils.utils_checkpoint import unwrap
@@ -163,6 +166,59 @@ def test_networks_are_in_channels_last_where_that_is_faster(work: Workplace) -> 
     for given, expected in (("null", True), ("false", False)):
         weight = next(unwrap(work.model(f"train.channels_last={given}").netG).parameters())
         assert weight.is_contiguous(memory_format=torch.channels_last) == expected
+
+
+# ---------------------------------------------------------------------------------------------------- bad steps
+
+BATCHNORM = ("netD.net_type=discriminator_patchgan", "netD.norm_type=batchspectral", "netD.n_layers=2")
+UNET2D = '{"net_type": "unet2d", "block_out_channels": [8], "norm_num_groups": 4, "mid_attention": false}'
+BREAKABLE: dict[str, tuple[str, ...]] = {
+    "plain": (*SSL, "train.ssl_mode=boxsum"),
+    "gan": (*GAN, *BATCHNORM, "train.G_optimizer_clipgrad=1"),
+    "pieces": (*GAN, *BATCHNORM, "train.micro_batch=1", "train.D_once=true"),
+    "fp16": (*GAN, "train.precision=fp16"),
+    "spsr": ("model=spsr", *SPSR_TERMS, f"netG={SPSR}".replace("'", '"')),
+    "dm": ("model=dm", 'diffusion={"type": "resshift", "steps": 4}', f"netG={UNET2D}", "train.D_lossfn_weight=0"),
+    "ranker": (),
+}
+
+
+def everything(model: Any) -> dict[str, Any]:
+    """All that a step changes."""
+    parts = (model.networks, model.optimizers, model.scalers)
+    return copy.deepcopy([{name: part.state_dict() for name, part in of_kind.items()} for of_kind in parts])
+
+
+def take(model: Any, batch: dict[str, Any], number: int) -> dict[str, float]:
+    torch.manual_seed(number)
+    model.feed_data(batch)
+    model.optimize_parameters(number)
+    return model.current_log()
+
+
+@pytest.mark.parametrize("kind", BREAKABLE)
+def test_a_bad_step_leaves_everything_as_it_was_and_the_next_one_is_as_ever(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if kind == "dm":
+        pytest.importorskip("diffusers")
+    monkeypatch.setattr("models.network_spsr._rrdb", lambda nc, gc: nn.Conv2d(nc, nc, 3, 1, 1))  # as in test_systems
+    work = Results(tmp_path) if kind == "ranker" else Workplace(tmp_path)
+    first, second, third = (work.batch(number=number) for number in range(3))
+    broken = second["worse" if kind == "ranker" else "L"]
+    broken[1, 0, 3, 3] = float("nan")
+    paths = {"L_path": ["a.png", "c.png"], "H_path": ["a.png", "b.png"]}
+    model, undisturbed = (work.model(*BREAKABLE[kind], "train.skip_bad_steps=2") for _ in range(2))
+    for one in (model, undisturbed):
+        take(one, first, 1)
+    before = everything(model)
+    assert take(model, second | paths, 2) == {}
+    assert_same(before, everything(model))
+    assert "; images: a.png, b.png, c.png" in caplog.text
+    assert (model.bad_steps, model.bad_in_a_row) == (1, 1)
+    assert take(model, third, 3) == take(undisturbed, third, 3)
+    assert_same(everything(model), everything(undisturbed))
+    assert (model.bad_steps, model.bad_in_a_row) == (1, 0)
 
 
 # ---------------------------------------------------------------------------------------------------- reading ahead

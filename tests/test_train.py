@@ -367,6 +367,32 @@ def test_a_loss_that_is_not_finite_is_named_and_nothing_is_saved(work: Workplace
     assert tree(work.folder() / "models") == before
 
 
+def test_bad_steps_are_left_out_named_and_counted_until_too_many_come_in_a_row(work: Workplace, monkeypatch) -> None:
+    class Breaks(nn.L1Loss):
+        steps = 0
+
+        def forward(self, E, H):
+            Breaks.steps += 1
+            return super().forward(E, H) * (math.nan if Breaks.steps in (2, 4, 5, 8, 9, 10) else 1)
+
+    monkeypatch.setattr("models.model_base.pixel_loss", lambda *a: Breaks())
+    options = ("train.skip_bad_steps=3", "train.checkpoint_save=4", "train.checkpoint_print=3", "datasets.test=null")
+    work.run(*options, "train.iterations=6")
+    log = work.log()
+    assert re.search(
+        r"step 2: G_loss is nan, the step is left out \(1 in a row, .* at 3; 1 in all\); images: \S+/H/", log
+    )
+    assert re.search(r"step 5: G_loss is nan, the step is left out \(2 in a row, .* at 3; 3 in all\)", log)
+    assert re.search(r"step 6/6 .* \| G_loss 0\.\d+ G_grad \S+ bad_steps 3$", log, re.MULTILINE)
+    assert "bad steps left out since step 0: 3" in log
+    # What is due at step 4 waits for a sound one: weights that make losses nan may be what is wrong.
+    assert {p.name.partition("_")[0] for p in (work.folder() / "models").iterdir()} == {"6"}
+    before = tree(work.folder() / "models")
+    with pytest.raises(UserError, match=r"step 10: G_loss is nan, bad step 3 of 3 in a row .*; images: \S+/H/"):
+        work.run(*options, "train.iterations=12")
+    assert tree(work.folder() / "models") == before
+
+
 def test_a_gradient_that_is_not_finite_leaves_the_weights_as_they_were(work: Workplace) -> None:
     model = work.model()
     before = [p.clone() for p in model.netG.parameters()]

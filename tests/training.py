@@ -1,6 +1,7 @@
 """Tiny training runs for the tests: generated images, a small generator and discriminator, every option overridable."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,9 @@ class Workplace:
 
     def file(self, name: str = "o.json") -> str:
         path = self.root / name
-        path.write_text(json.dumps(self.options), encoding="utf-8")
+        own = path.with_suffix(f".{os.getpid()}")  # forks write it at the same time
+        own.write_text(json.dumps(self.options), encoding="utf-8")
+        own.replace(path)
         return str(path)
 
     def run(self, *overrides: str) -> None:

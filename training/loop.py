@@ -197,6 +197,8 @@ def _loop(run: _Run, stop: "_StopSignals") -> None:
         closing(ahead(batches(run.loader), run.device)) as loaded,
     ):
         step = _steps(run, loaded, stop, progress)
+    if run.model.bad_steps:
+        logger.info("bad steps left out since step %d: %d", run.step, run.model.bad_steps)
     if run.opt.train.iterations is None or step < run.opt.train.iterations:
         logger.info("stopped by a signal at step %d; the same command goes on from there", step)
     else:
@@ -206,6 +208,7 @@ def _loop(run: _Run, stop: "_StopSignals") -> None:
 def _steps(run: _Run, loaded: Iterable[dict[str, object]], stop: "_StopSignals", progress: Progress) -> int:
     """-> the last step that was done."""
     model, device, step, train = run.model, run.device, run.step, run.opt.train
+    is_due = False
     for batch in loaded:
         step += 1
         progress.data_arrived()
@@ -221,12 +224,17 @@ def _steps(run: _Run, loaded: Iterable[dict[str, object]], stop: "_StopSignals",
         if finished or step % train.checkpoint_print == 0 or step == run.step + 1:
             means = utils_dist.total(progress.means(), device)
             means = {name: value / utils_dist.world_size() for name, value in means.items()}
+            if model.bad_steps:
+                means["bad_steps"] = model.bad_steps  # the same ones in all processes
             progress.report(means, model.current_learning_rate(), device)
         score = None
         if run.test_sets and not stopping and (finished or step % train.checkpoint_test == 0):
             score = _validate(run, step, progress)
-        if finished or stopping or step % train.checkpoint_save == 0:
+        # Not in the midst of bad steps: perhaps the weights are what is bad, and the last checkpoint is the good one.
+        is_due = is_due or step % train.checkpoint_save == 0
+        if finished or stopping or (is_due and not model.bad_in_a_row):
             _save(run, step, score)
+            is_due = False
             progress.pause_over()
         if finished or stopping:
             break

@@ -60,7 +60,7 @@ class Progress:
         self._values["data_time"].append(self._lap())
 
     def step_done(self, log: dict[str, float]) -> None:
-        """One step more, with what it logged."""
+        """One step more, with what it logged: nothing, where it was left out (``train.skip_bad_steps``)."""
         self._values["step_time"].append(self._lap())
         for name, value in log.items():
             self._values[name].append(value)

@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from utils import utils_error
 from utils.utils_error import UserError
@@ -402,6 +403,13 @@ def total(values: Mapping[str, float], device: torch.device) -> dict[str, float]
     tensor = tensor.to(device)
     dist.all_reduce(tensor)
     return dict(zip(values, tensor.tolist(), strict=True))
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum over all processes, in place, for which the host does not wait where the values are on a GPU."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
 
 
 def gathered(value: T) -> list[T]:

@@ -350,6 +350,11 @@ class TrainOptions(Section):
     R_scheduler_milestones: list[Count] = Field([], description="multiply by gamma from these steps on")
     R_scheduler_gamma: Rate = Field(0.5, description="factor at a milestone")
 
+    skip_bad_steps: Count = Field(
+        0,
+        description="n = leave out steps in which a loss or a gradient is not finite, all being as before them, and "
+        "end the run at the n-th of them in a row; 0, as 1, = at the first",
+    )
     checkpoint_print: Positive = Field(200, description="log every this many steps")
     checkpoint_test: Positive = Field(5000, description="validate every this many steps")
     checkpoint_save: Positive = Field(5000, description="save every this many steps")
