@@ -61,6 +61,19 @@ def _check_moments(optimizer: torch.optim.Optimizer) -> None:
                     raise ValueError(f"{name} of a weight of shape {tuple(parameter.shape)} is {shape}")
 
 
+def synchronised(network: nn.Module, device: torch.device) -> nn.Module:
+    """A network whose batch norms take their statistics over all processes; names and parameters are the same ones.
+
+    Raises:
+        UserError: the device is a CPU, for which PyTorch has no such layer.
+    """
+    if device.type == "cpu":
+        raise UserError(
+            "train.sync_batchnorm: PyTorch has it for GPUs alone, these processes compute on CPUs; set it to false"
+        )
+    return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+
+
 class Kept(NamedTuple):
     """A buffer, and what it held."""
 
@@ -92,7 +105,7 @@ class Piece(NamedTuple):
 
     images: slice  # of the batch
     share: float = 1.0  # of its images
-    edges: float | Tensor = 1.0  # of its edge pixels; a scalar on the device, where they are counted
+    edges: float | Tensor = 1.0  # of its edge pixels, a scalar on the device where they are counted; see _all_edges
 
     def weight(self, term: str) -> float | Tensor:
         """What a term of this piece counts in that of the batch."""
@@ -128,15 +141,24 @@ class ModelBase:
         """Register a trained network with its optimizer: on the device, loaded, wrapped for several processes."""
         if pretrained:
             load_network(pretrained, network, strict)
+        if self.opt.train.sync_batchnorm and utils_dist.world_size() > 1:
+            network = synchronised(network, self.device)
         # Convolutions give what their weights' layout is: the images need not be turned.
         network = network.to(self.device).to(memory_format=training_layout(self.device, self.opt.train))
         if self.opt.train.compile:
             network.compile()  # in place: the names in checkpoints stay
         self.optimizers[name] = self._optimizer(name, network.parameters())
         self.scalers[name] = torch.amp.GradScaler(self.device.type, enabled=self.opt.train.precision == "fp16")
-        if self.in_pieces and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules()):
+        has_batch_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
+        if self.in_pieces and has_batch_norms:
             self.warn_of_pieces(f"the batch norms of net{name} take the statistics")
         if utils_dist.world_size() > 1:
+            if has_batch_norms and not self.opt.train.sync_batchnorm:
+                logger.info(
+                    "net%s: batch norms take each process's own statistics, checkpoints hold the first one's; on GPUs "
+                    "train.sync_batchnorm takes them over all processes, as one process would over the batch",
+                    name,
+                )
             # Buffers (spectral norm, batch statistics) stay each process's own: a broadcast in the middle of a step
             # would change in place what the other forward pass of the discriminator still needs.
             is_new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -263,21 +285,20 @@ class ModelBase:
             self._begun = Kept.of(self.networks[name] for name in self.optimizers)
         whole = len(next(iter(self.fed.values())))
         size = min(self.opt.train.micro_batch or whole, whole)
-        if size == whole:
-            self.piece = Piece(slice(0, whole))
-            yield self.piece
-            return
-        edges = self._count_edges()
-        all_edges = edges.sum().clamp_min(1)
+        over_processes = self.opt.train.ssl_over_processes and utils_dist.world_size() > 1
+        edges = self._count_edges() if size < whole or over_processes else None
+        all_edges = torch.ones(()) if edges is None else self._all_edges(edges)
         batch, paths = self.fed, self.paths  # perhaps with the masks that were counted
         # Spectral norms take a step of the power iteration in each call. Without data in it, it is repeated from where
         # the batch began: each piece sees the very weights that the whole batch would.
-        begun = Kept.of(self.networks.values(), ("_u", "_v"))
+        begun = Kept.of(self.networks.values(), ("_u", "_v")) if size < whole else []
         shown: dict[str, Tensor] = {}
         for first in range(0, whole, size):
             images = slice(first, min(first + size, whole))
-            self.feed_data({name: values[images] for name, values in batch.items()})
-            self.piece = Piece(images, len(range(whole)[images]) / whole, edges[images].sum() / all_edges)
+            if size < whole or edges is not None:
+                self.feed_data({name: values[images] for name, values in batch.items()})
+            of_edges = 1.0 if edges is None else edges[images].sum() / all_edges
+            self.piece = Piece(images, len(range(whole)[images]) / whole, of_edges)
             for kept in begun:
                 kept.put_back()
             with ExitStack() as stack:
@@ -290,9 +311,19 @@ class ModelBase:
             self.shown = {}
         self.shown, self.paths = shown, paths
 
-    def _count_edges(self) -> Tensor:
-        """The edge pixels of each fed image, (N,), where a loss is a mean over them."""
-        return torch.ones(len(next(iter(self.fed.values()))))
+    def _count_edges(self) -> Tensor | None:
+        """The edge pixels of each fed image, (N,) on the device; None where no loss is a mean over them."""
+        return None
+
+    def _all_edges(self, edges: Tensor) -> Tensor:
+        """What those of a piece are divided by, a scalar: those of the process, or with ssl_over_processes of all.
+
+        Gradients, and terms in the log, are means over the processes: their number is taken out of it again.
+        """
+        own = edges.sum()
+        if not self.opt.train.ssl_over_processes:
+            return own.clamp_min(1)
+        return utils_dist.summed(own).clamp_min(1) / utils_dist.world_size()
 
     def _add(self, sums: dict[str, Tensor], terms: Mapping[str, Tensor]) -> None:
         """Add terms of the piece at hand to those of the batch."""
@@ -514,9 +545,9 @@ class ModelSR(ModelBase):
             self._gradient_H: Tensor | None = None
             self.mask: Tensor | None = self.fed.get("mask")
 
-    def _count_edges(self) -> Tensor:
+    def _count_edges(self) -> Tensor | None:
         if self.ssl is None:
-            return super()._count_edges()
+            return None
         mask = self.fed["mask"] if self.mask is not None else edge_mask(self.H, self.ssl.threshold)
         self.fed["mask"] = mask
         pattern = mask_stride_pattern(mask.shape[2], mask.shape[3], self.ssl.mask_stride, mask.device)

@@ -1,6 +1,7 @@
 """The training step: one pass of netD for both players, compiled networks, fused optimizers, bad steps, failures."""
 
 import copy
+import operator
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from data.loader import ahead
+from models.model_base import synchronised
 from models.precision import of_many_sizes, set_up
 from tests.test_ranker import Results
 from tests.test_systems import SPSR, SPSR_TERMS
@@ -21,6 +23,7 @@ from utils.utils_error import UserError
 from utils.utils_option_sections import TrainOptions
 
 GAN = ("model=gan", *SSL, "train.ssl_mode=boxsum")
+BATCHNORM = ("netD.net_type=discriminator_patchgan", "netD.norm_type=batchspectral", "netD.n_layers=2")
 # Without spectral norm, whose weights are other ones in each pass.
 PATCHGAN = (*GAN, "netD.net_type=discriminator_patchgan", "netD.norm_type=instance", "netD.n_layers=2")
 
@@ -104,6 +107,37 @@ def test_one_pass_trains_in_the_distributed_wrapper(
         torch.distributed.destroy_process_group()
 
 
+def test_whose_statistics_batch_norms_take_is_said_and_synchronising_them_needs_gpus(
+    work: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    work.model(*GAN, *BATCHNORM, "train.sync_batchnorm=true")  # one process has nothing to synchronise
+    caplog.set_level("INFO")
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", world_size=1, rank=0)
+    try:
+        monkeypatch.setattr("models.model_base.utils_dist.world_size", lambda: 2)
+        model = work.model(*GAN, *BATCHNORM)
+        assert caplog.text.count("batch norms take each process's own statistics") == 1
+        assert "netD: batch norms take each process's own statistics" in caplog.text
+        with pytest.raises(UserError, match=r"^train\.sync_batchnorm: PyTorch has it for GPUs alone"):
+            work.model(*GAN, *BATCHNORM, "train.sync_batchnorm=true")
+        del model
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_synchronised_batch_norms_are_trained_saved_and_loaded_as_others_are(work: Workplace) -> None:
+    plain: Any = work.model(*GAN, *BATCHNORM).networks["D"]
+    weights = list(plain.parameters())
+    converted = synchronised(copy.deepcopy(plain), torch.device("cuda"))
+    assert sum(isinstance(layer, nn.SyncBatchNorm) for layer in converted.modules()) == 2
+    assert [p.shape for p in converted.parameters()] == [p.shape for p in weights]
+    H = work.batch()["H"]
+    assert torch.equal(converted(H), plain(H))  # alone each is over its own images
+    assert_same(converted.state_dict(), plain.state_dict())
+    in_place = synchronised(plain, torch.device("cuda"))
+    assert all(map(operator.is_, weights, in_place.parameters()))  # the optimizer may have them already
+
+
 # ------------------------------------------------------------------------------------------------- torch.compile
 
 
@@ -170,7 +204,6 @@ def test_networks_are_in_channels_last_where_that_is_faster(work: Workplace) -> 
 
 # ---------------------------------------------------------------------------------------------------- bad steps
 
-BATCHNORM = ("netD.net_type=discriminator_patchgan", "netD.norm_type=batchspectral", "netD.n_layers=2")
 UNET2D = '{"net_type": "unet2d", "block_out_channels": [8], "norm_num_groups": 4, "mid_attention": false}'
 BREAKABLE: dict[str, tuple[str, ...]] = {
     "plain": (*SSL, "train.ssl_mode=boxsum"),

@@ -337,7 +337,7 @@ def is_read(opt: Options) -> dict[str, dict[str, bool]]:
         "gan_type": trains_D,
         "region_aware": gan and train.D_lossfn_weight > 0,
         **dict.fromkeys(("ssl_mode", "search_border", "kernel_size_search", "kernel_size_window"), with_ssl),
-        **dict.fromkeys(("sigma", "generalization", "mask_stride"), with_ssl),
+        **dict.fromkeys(("sigma", "generalization", "mask_stride", "ssl_over_processes"), with_ssl),
         "mask_threshold": with_ssl and not masks_from_files,
         "rank_published": sr and train.rank_weight > 0,
         "dm_weight": dm,

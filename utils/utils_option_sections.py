@@ -233,6 +233,10 @@ class TrainOptions(Section):
         "= all. Gradients are the batch's; the statistics of batch norms and the means of ragan and ragan_basicsr are "
         "each piece's",
     )
+    sync_batchnorm: bool = Field(
+        False,
+        description="several GPUs: statistics of batch norms are over all processes; false = over each one's images",
+    )
     compile: bool = Field(
         False,
         description="torch.compile for the trained networks: minutes at the start and for each new size of patches, "
@@ -287,6 +291,11 @@ class TrainOptions(Section):
     )
     kernel_size_search: Pixels = Field(25, description="side of the search area, odd")
     kernel_size_window: Pixels = Field(9, description="side of the compared windows, odd")
+    ssl_over_processes: bool = Field(
+        True,
+        description="several processes: SSL is the mean over the edge pixels of the whole batch, as in one process; "
+        "false = each process's own mean, as published: edges weigh more where a process has few of them",
+    )
     sigma: Rate = Field(0.004, description="scaling factor h of the paper")
     generalization: bool = Field(True, description="divide each pixel's graph by its sum")
     mask_stride: Count = Field(0, description="keep 1 edge pixel in this many (a tiled identity); 0 or 1 = all")
