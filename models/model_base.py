@@ -297,8 +297,8 @@ class ModelBase:
             images = slice(first, min(first + size, whole))
             if size < whole or edges is not None:
                 self.feed_data({name: values[images] for name, values in batch.items()})
-            of_edges = 1.0 if edges is None else edges[images].sum() / all_edges
-            self.piece = Piece(images, len(range(whole)[images]) / whole, of_edges)
+            share = len(range(whole)[images]) / whole
+            self.piece = Piece(images, share, share if edges is None else edges[images].sum() / all_edges)
             for kept in begun:
                 kept.put_back()
             with ExitStack() as stack:
