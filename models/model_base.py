@@ -470,6 +470,7 @@ class ModelSR(ModelBase):
             if opt.path.pretrained_netE:
                 load_network(opt.path.pretrained_netE, self.netE, train.E_param_strict)
 
+        layout = training_layout(device, train)
         self.pixel = pixel_loss(train.G_lossfn_type, train.G_charbonnier_eps)
         self.perceptual: PerceptualLoss | None = None
         if train.F_lossfn_weight > 0:
@@ -481,8 +482,8 @@ class ModelSR(ModelBase):
                 train.F_use_range_norm,
                 opt.path.pretrained_netF,
             ).to(device)
-            self.perceptual.to(memory_format=training_layout(device, train))
-        self.metrics = {name: metric_loss(name, device) for name in train.iqa_losses}
+            self.perceptual.to(memory_format=layout)
+        self.metrics = {name: metric_loss(name, device).to(memory_format=layout) for name in train.iqa_losses}
         self.gradient_map = GradientMap().to(device)
         self.rank: RankLoss | None = None
         if train.rank_weight > 0:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from utils.utils_error import UserError
+from utils.utils_ncnn import is_ncnn, load_ncnn
 from utils.utils_pickle import HARMLESS, what_is
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,9 @@ class Fingerprint(NamedTuple):
 
 
 def load_checkpoint_file(path: str | Path, expected: Fingerprint | None = None) -> Any:
-    """Read a ``.safetensors`` file, or one that ``torch.save`` wrote, onto the CPU; code in it is refused, not run.
+    """Read a ``.safetensors`` file, one that ``torch.save`` wrote, or ncnn's ``.param``, onto the CPU.
+
+    Code in it is refused, not run.
 
     Args:
         path: the file; it is read once.
@@ -91,6 +94,11 @@ def load_checkpoint_file(path: str | Path, expected: Fingerprint | None = None) 
     if path.stat().st_size == 0:
         raise DamagedError(f"{path}: the file is empty")
     content = expected.read(path) if expected else None
+    if content is None and is_ncnn(path):
+        weights, more = load_ncnn(path)
+        if more:
+            _say_once(f"{path}: takes the network itself, and leaves the layer that follows it: {more}")
+        return weights
     if content is None and _is_safetensors(path):
         try:
             return load_file(path)
@@ -108,7 +116,9 @@ def load_checkpoint_file(path: str | Path, expected: Fingerprint | None = None) 
     except MemoryError as error:
         raise UserError(f"{path}: the memory is too small for it") from error
     except Exception as error:  # a damaged file makes torch raise almost anything
-        why = what_is(path) or "cannot be read, it is damaged or no checkpoint"
+        text = path.with_suffix(".param")
+        of_ncnn = f"weights alone; name {text.name}, which says of what" if text.is_file() and is_ncnn(text) else None
+        why = of_ncnn or what_is(path) or "cannot be read, it is damaged or no checkpoint"
         raise DamagedError(f"{path}: {why}") from error
 
 

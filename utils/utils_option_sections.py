@@ -239,8 +239,9 @@ class TrainOptions(Section):
     )
     compile: bool = Field(
         False,
-        description="torch.compile for the trained networks: minutes at the start and for each new size of patches, "
-        "then faster steps on GPUs; needs a C++ compiler, on GPUs triton too",
+        description="torch.compile for the trained networks: minutes at the start and for each new size of patches; "
+        "meant for GPUs, not measured there (on a CPU steps took 1.2 times as long); needs a C++ compiler, on GPUs "
+        "triton too",
     )
     cudnn_benchmark: bool = Field(
         True,
