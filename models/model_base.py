@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from models.card import check_start, save_with_cards
 from models.loss import PerceptualLoss, pixel_loss
 from models.loss_metric import metric_loss
 from models.loss_systems import RankLoss, artifact_loss, back_projection_loss, best_buddy_loss
@@ -181,8 +182,13 @@ class ModelBase:
         names = [*self.networks, *(f"optimizer{name}" for name in self.optimizers)]
         return {name: folder / f"{step}_{name}.pth" for name in names}
 
-    def save(self, folder: Path, step: int) -> dict[str, Fingerprint]:
+    def save(
+        self, folder: Path, step: int, validation: Mapping[str, Mapping[str, float]] | None = None
+    ) -> dict[str, Fingerprint]:
         """Write all files of a checkpoint, each of them atomically; -> what was written, by the files' names.
+
+        Args:
+            validation: of this step: test set -> metric -> value.
 
         Raises:
             UserError: weights are NaN, infinite or so large that the output is; nothing is written then.
@@ -203,6 +209,9 @@ class ModelBase:
                 if self.scalers[of].is_enabled():
                     state["scaler"] = self.scalers[of].state_dict()
                 written[path.name] = save_atomically(state, path)
+        generators = {name: network for name, network in self.networks.items() if _side(name) == "G"}
+        if self.opt.train.checkpoint_safetensors:
+            written |= save_with_cards(generators, self.opt, folder, step, validation or {})
         return written
 
     def _is_sound(self, name: str) -> bool:
@@ -462,6 +471,8 @@ class ModelSR(ModelBase):
     def __init__(self, opt: Options, device: torch.device) -> None:
         super().__init__(opt, device)
         train = opt.train
+        if opt.path.pretrained_netG:
+            check_start(Path(opt.path.pretrained_netG), opt)
         self.netG = self.add_network("G", define_G(opt), opt.path.pretrained_netG, train.G_param_strict)
         self.netE: nn.Module | None = None
         if train.E_decay > 0:

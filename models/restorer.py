@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from models.card import card_of, network_of
 from models.network_infer import infer_netG
 from models.network_spandrel import load_spandrel
 from models.sampler import DiffusionSampler, define_sampler
@@ -73,20 +74,20 @@ def run_folder(checkpoint: Path) -> Path | None:
 
 
 def _saved_options(checkpoint: Path) -> dict[str, Any] | None:
-    """What building the generator needs of the newest options that the checkpoint's run saved; None without any."""
+    """What building the generator needs, by the file itself or the newest options of its run; None without either."""
+    if card := card_of(checkpoint):
+        return card
     run = run_folder(checkpoint)
     files = sorted((run / "options").glob("*.json")) if run else []
     if not files:
         return None
     try:
         saved = json.loads(strip_comments(files[-1].read_text(encoding="utf-8")))
-        picked = {name: saved[name] for name in ("scale", "n_channels", "netG")}
-        picked |= {name: saved[name] for name in ("diffusion", "autoencoder") if saved.get("diffusion")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {**network_of(saved), "is_train": False}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{files[-1]}: these are not a run's options ({error!r}); give the network with --opt"
         ) from error
-    return {**picked, "is_train": False}
 
 
 # ResShift's published models: the steps they were trained with -> min_noise_level. Their weights say neither.
@@ -110,6 +111,22 @@ def _published_resshift(checkpoint: Path, steps: int | None) -> dict[str, Any]:
         "diffusion": {"type": "resshift", "steps": steps, "min_noise_level": _RESSHIFT[steps]},
         "autoencoder": {"type": "vq", "path": str(autoencoder)},
     }
+
+
+# What decides over the result and is not told by the weights of a network.
+_UNTOLD = {"elan": ("window_sizes", "img_range"), "swinir": ("img_range",)}
+
+
+def _tell_assumed(checkpoint: Path, options: dict[str, Any]) -> None:
+    netG = network_options(options).netG
+    assert netG is not None
+    if names := _UNTOLD.get(netG.net_type):
+        values = ", ".join(f"netG.{name} {getattr(netG, name)}" for name in names)
+        logger.info(
+            "%s: its weights do not say all: %s as published; if that is wrong name the run, its .safetensors file, or "
+            "options with --opt",
+            *(checkpoint, values),
+        )
 
 
 def load_restorer(
@@ -137,6 +154,7 @@ def load_restorer(
             options = infer_netG(load_state_dict(checkpoint, param_key), scale)
             if options["netG"]["net_type"] == "resshift_unet_swin":
                 options |= _published_resshift(checkpoint, steps)
+            _tell_assumed(checkpoint, options)
         except UserError as error:
             prefix = "" if str(error).startswith(str(checkpoint)) else f"{checkpoint}: "
             raise UserError(f"{prefix}{error}") from error

@@ -15,11 +15,14 @@ from utils.utils_resume import Run, never_saved, read_run, read_state, save_seal
 logger = logging.getLogger(__name__)
 
 
+Validation = Mapping[str, Mapping[str, float]]  # of a step: test set -> metric -> value
+
+
 class Saved(Protocol):
     """What a model offers to be saved: ``models.model_base.ModelBase``."""
 
     def files(self, folder: Path, step: int) -> dict[str, Path]: ...
-    def save(self, folder: Path, step: int) -> dict[str, Fingerprint]: ...
+    def save(self, folder: Path, step: int, validation: Validation) -> dict[str, Fingerprint]: ...
     def load(self, folder: Path, step: int, expected: Mapping[str, Fingerprint] | None = None) -> None: ...
 
 
@@ -160,16 +163,19 @@ class Checkpoints:
         model: Saved,
         step: int,
         seed: int,
-        score: float | None,
+        validation: Validation,
         others: Mapping[str, Fingerprint] | None = None,
     ) -> None:
         """Write a checkpoint, the state last; then drop old ones if asked to, never the best.
 
         Args:
-            score: of this step, if it was validated: PSNR in dB, SSIM, or a ranker's share of pairs in order.
+            validation: of this step; what its first set says, PSNR in dB, SSIM or a ranker's share of pairs in order,
+                is the score by which the best are kept.
             others: files of this step that are written already, by their names.
         """
-        files = {**model.save(self.folder, step), **(others or {})}
+        files = {**model.save(self.folder, step, validation), **(others or {})}
+        scores = next((scores for scores in validation.values() if scores), {})
+        score = scores.get(self.metric, scores.get("in_order"))
         state = self.state._replace(seed=seed, metric=self.metric, score=None)
         if score is not None and not math.isnan(score):
             state = state._replace(score=score)
@@ -186,7 +192,9 @@ class Checkpoints:
             kept = self._kept(step)
             for path in self.folder.iterdir():
                 # Of any kind of run: an average that is no longer made, say, would never be listed by this model.
-                of_step = re.fullmatch(r"(\d+)_(([GERD]|D_grad|optimizer\w+|pool\d+)\.pth|state\.json)", path.name)
+                of_step = re.fullmatch(
+                    r"(\d+)_(([GERD]|D_grad|optimizer\w+|pool\d+)\.pth|[GE]\.safetensors|state\.json)", path.name
+                )
                 if of_step and int(of_step[1]) <= step and int(of_step[1]) not in kept:
                     path.unlink(missing_ok=True)
 

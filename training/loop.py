@@ -25,7 +25,7 @@ from models.model_base import ModelBase, ModelSR
 from models.model_ranker import ModelRanker
 from models.precision import set_up
 from models.select_model import define_Model
-from training.checkpoints import Checkpoints
+from training.checkpoints import Checkpoints, Validation
 from training.command_line import training_options
 from training.dry_run import rehearse
 from training.failure import told_in_one_line
@@ -227,13 +227,13 @@ def _steps(run: _Run, loaded: Iterable[dict[str, object]], stop: "_StopSignals",
             if model.bad_steps:
                 means["bad_steps"] = model.bad_steps  # the same ones in all processes
             progress.report(means, model.current_learning_rate(), device)
-        score = None
+        validation: Validation = {}
         if run.test_sets and not stopping and (finished or step % train.checkpoint_test == 0):
-            score = _validate(run, step, progress)
+            validation = _validate(run, step, progress)
         # Not in the midst of bad steps: perhaps the weights are what is bad, and the last checkpoint is the good one.
         is_due = is_due or step % train.checkpoint_save == 0
         if finished or stopping or (is_due and not model.bad_in_a_row):
-            _save(run, step, score)
+            _save(run, step, validation)
             is_due = False
             progress.pause_over()
         if finished or stopping:
@@ -241,7 +241,7 @@ def _steps(run: _Run, loaded: Iterable[dict[str, object]], stop: "_StopSignals",
     return step
 
 
-def _save(run: _Run, step: int, score: float | None) -> None:
+def _save(run: _Run, step: int, validation: Validation) -> None:
     """A checkpoint, written by the first process; each writes its own pool of pairs before."""
     assert run.lock is not None
     run.lock.check()
@@ -253,18 +253,18 @@ def _save(run: _Run, step: int, score: float | None) -> None:
             pools |= pool
     if utils_dist.rank() == 0:
         with utils_dist.undisturbed():
-            run.checkpoints.save(run.model, step, run.seed, score, pools)
+            run.checkpoints.save(run.model, step, run.seed, validation, pools)
 
 
-def _validate(run: _Run, step: int, progress: Progress) -> float | None:
-    """Validate on every set; -> the first's PSNR, SSIM or share of pairs in order: the best checkpoints are kept."""
-    scores = []
+def _validate(run: _Run, step: int, progress: Progress) -> Validation:
+    """Validate on every set; -> by its name PSNR and SSIM, or a ranker's share of pairs in order."""
+    validation: dict[str, Mapping[str, float]] = {}
     for name, test_set in run.test_sets.items():
         if isinstance(run.model, ModelRanker):
             in_order = validate_ranker(run.model, test_set, run.device)
             progress.scalars(f"val/{name}", {"in_order": in_order})
             logger.info("step %d %s: %.2f %% of the pairs in order", step, name, 100 * in_order)
-            scores.append(in_order)
+            validation[name] = {"in_order": in_order}
             continue
         assert isinstance(run.model, ModelSR)
         grid = output_path(run.opt.task_dir / "images", f"{safe_name(name)}_{step:08d}.png")
@@ -272,9 +272,9 @@ def _validate(run: _Run, step: int, progress: Progress) -> float | None:
         progress.scalars(f"val/{name}", result)
         if result:
             logger.info("step %d %s: PSNR %.2f dB, SSIM %.4f", step, name, result["psnr"], result["ssim"])
-            scores.append(result[run.checkpoints.metric])
+        validation[name] = result
     progress.pause_over()
-    return scores[0] if scores else None
+    return validation
 
 
 def _check_paths(opt: Options) -> dict[str, str]:

@@ -8,15 +8,15 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from utils.utils_error import UserError
@@ -418,7 +418,7 @@ class _Hashed:
         self.file, self.size, self.sha256 = file, 0, hashlib.sha256()
 
     def write(self, data: bytes | memoryview) -> int:
-        """``torch.save`` writes from the beginning to the end and never goes back."""
+        """What writes does so from the beginning to the end and never goes back."""
         self.sha256.update(data)
         self.size += len(data)
         return self.file.write(data)
@@ -433,6 +433,22 @@ def save_network(network: nn.Module, path: str | Path) -> Fingerprint:
     return save_atomically(weights, path)
 
 
+def save_safetensors(network: nn.Module, path: str | Path, header: Mapping[str, str]) -> Fingerprint:
+    """Write a network's weights and a text for each key of ``header``; see :func:`save_atomically`."""
+    weights = {key: value.detach().cpu().contiguous() for key, value in unwrap(network).state_dict().items()}
+    content = save(weights, metadata=dict(header))
+    return _write(path, lambda file: file.write(content))
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """What a ``.safetensors`` file holds besides weights; {} of other and unreadable files."""
+    with contextlib.suppress(SafetensorError, OSError):
+        if path.is_file() and _is_safetensors(path):
+            with safe_open(path, "pt") as file:
+                return file.metadata() or {}
+    return {}
+
+
 def save_atomically(content: Any, path: str | Path) -> Fingerprint:
     """``torch.save`` to ``path`` such that, whenever the power fails, the old file or the new one is there, whole.
 
@@ -442,12 +458,16 @@ def save_atomically(content: Any, path: str | Path) -> Fingerprint:
     Raises:
         UserError: the file cannot be written (no permission, no space, no such folder).
     """
+    return _write(path, lambda file: torch.save(content, file))
+
+
+def _write(path: str | Path, write: Callable[[IO[bytes]], Any]) -> Fingerprint:
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
             hashed = _Hashed(file)
-            torch.save(content, cast(IO[bytes], hashed))  # it only writes
+            write(cast(IO[bytes], hashed))  # it only writes
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)

@@ -162,6 +162,11 @@ class DatasetOptions(Section):
 
 class PathOptions(Section):
     root: PathText = Field("experiments", description="a run lives in root/task/{models,images,options}")
+    license: str = Field(
+        "unknown",
+        description="of the weights that are trained: what their .safetensors files say, as CC-BY-4.0",
+        max_length=200,
+    )
     pretrained_netG: PathText | None = Field(None, description="start the generator from this checkpoint")
     pretrained_netD: PathText | None = Field(None, description="start the discriminator from this checkpoint")
     pretrained_netE: PathText | None = Field(None, description="start the EMA generator from this; null = a copy of G")
@@ -368,6 +373,10 @@ class TrainOptions(Section):
     checkpoint_print: Positive = Field(200, description="log every this many steps")
     checkpoint_test: Positive = Field(5000, description="validate every this many steps")
     checkpoint_save: Positive = Field(5000, description="save every this many steps")
+    checkpoint_safetensors: bool = Field(
+        True,
+        description="save G and E as .safetensors too, files that say what they are: architecture, scale, step, scores",
+    )
     checkpoint_keep: Positive | None = Field(
         None, description="keep the newest this many checkpoints and the best ones; null = keep all"
     )
