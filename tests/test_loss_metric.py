@@ -130,7 +130,7 @@ def test_images_in_which_nothing_is_seen_have_finite_gradients() -> None:
     for backbone in BACKBONES:
         network = STLPIPS(backbone)
         for parameter in network.features.parameters():
-            parameter.zero_()  # all features are 0
+            parameter.data.zero_()  # all features are 0
         E = torch.zeros(1, 3, 24, 24, requires_grad=True)
         network(E, torch.ones(1, 3, 24, 24)).sum().backward()
         assert E.grad is not None
