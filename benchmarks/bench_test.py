@@ -41,6 +41,7 @@ from memory import forget_peak, peak
 from main_test import main as test
 from models.network_rrdbnet import RRDBNet
 from models.precision import autocast, faster_layout
+from utils.utils_error import run
 from utils.utils_image import imsave
 from utils.utils_tile import restore
 
@@ -212,4 +213,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
