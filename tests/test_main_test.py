@@ -253,6 +253,9 @@ def test_an_estimate_of_nan_has_no_numbers_and_is_named(tmp_path, capsys):
     assert set(means["nan"].values()) == {None}
     assert None not in means["run"].values()
     assert "a: what nan makes of it is not finite" in "".join(capsys.readouterr())
+    # Nor where nobody looks at it.
+    main(["--model_path", models[1], "--input", str(H), "--report_images", "0", "--output", str(tmp_path / "L")])
+    assert "a: what nan makes of it is not finite" in "".join(capsys.readouterr())
 
 
 def test_two_runs_are_compared_with_bicubic_on_any_sizes(tmp_path):
