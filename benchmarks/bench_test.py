@@ -135,7 +135,7 @@ def peak_of_test(folder: Path, arguments: list[str]) -> float:
     """MiB that main_test.py takes at most above what it held after a small image."""
 
     small = "--input", str(folder / "L" / "48x48.png"), "--gt", str(folder / "H" / "48x48.png")
-    command = "--model_path", str(folder / "net.pth"), "--output", str(folder / "results")
+    command = "--model_path", str(folder / "net.pth"), "--output", str(folder / "results"), "--overwrite"
     with contextlib.redirect_stdout(io.StringIO()):
         test([*command, *small])
         forget_peak()
