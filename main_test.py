@@ -11,9 +11,12 @@ A model is a checkpoint file or a run's folder (then its newest step, of that th
 Without --input, L is made from the ground truth by MATLAB bicubic. Several sets are given in order, - where one has no
 --gt or no --input; several files of one folder (photos/*.png) are one set, called as their folder. Models X and X_ssl
 are compared as without and with SSL. Images go to OUTPUT/{model}/{set}/{name}.png, beside them results.csv,
-results.json, results.md, report.html (to compare by eye, in any browser) and side_by_side.png; the same command again
-replaces its own results. OUTPUT is by default the run's folder results/, or ./results for several models and for
-checkpoints outside a run.
+results.json, results.md, report.html (to compare by eye, in any browser) and side_by_side.png. OUTPUT is by default the
+run's folder results/, or ./results for several models and for checkpoints outside a run.
+
+A test that was interrupted goes on with the same command: images are restored again only where weights, options, the
+image they are made of or the program have changed since, or where they are gone. They are measured anew, with the same
+numbers. Images in OUTPUT that somebody has edited end the test before it begins; --overwrite replaces them.
 """
 
 import argparse
@@ -55,6 +58,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--report_images", type=int, help="images in report.html; 0 = no such file (default 30)")
     parser.add_argument("--output", help="folder for the results")
     parser.add_argument("--param_key", help="which weights of the file; default an average, else params, else all")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="restore also what is there, and replace edited images"
+    )
     parser.add_argument("--device", help="cpu, cuda or cuda:1; default the first GPU, if any")
     args = parser.parse_args(argv)
     alone = [f"--{name}" for name in ("input", "gt", "scale", "tile", "tile_overlap", "output", "param_key")]
@@ -82,11 +88,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     args = _arguments(argv)
     opt = parse(args.opt, is_train=False, overrides=args.override) if args.opt else None
+    from evaluation.restored import LOCK
     from evaluation.run import job_of, test  # with torch and all models: once the options are right
+    from training.lock import FolderLock
     from utils.utils_logger import setup
 
     setup()
-    test(job_of(args, opt))
+    job = job_of(args, opt)
+    with FolderLock(job.output / LOCK, other="folder for the results") as lock:
+        test(job, lock)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from data.degradations.steps import Blur, Jpeg, Noise, Resize, Step, Thin, shift
 from data.loader import EndlessBatchSampler, training_loader
 from data.preparation.steps import matlab_bicubic
 from data.select_dataset import define_Dataset
+from utils.utils_error import run
 from utils.utils_image import imread_uint, imresize_np, imsave, single2tensor3, uint2single
 from utils.utils_option import DatasetOptions
 
@@ -317,4 +318,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -33,6 +33,7 @@ from memory import forget_peak, peak
 
 from similarity_cuda import loader
 from similarity_cuda.__main__ import reason
+from utils.utils_error import run
 from utils.utils_image import imread_uint, imresize_np
 from utils.utils_ssl import SelfSimilarityLoss, edge_mask, mask_stride_pattern, self_similarity_graph
 
@@ -415,4 +416,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

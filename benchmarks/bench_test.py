@@ -41,6 +41,7 @@ from memory import forget_peak, peak
 from main_test import main as test
 from models.network_rrdbnet import RRDBNet
 from models.precision import autocast, faster_layout
+from utils.utils_error import run
 from utils.utils_image import imsave
 from utils.utils_tile import restore
 
@@ -134,7 +135,7 @@ def peak_of_test(folder: Path, arguments: list[str]) -> float:
     """MiB that main_test.py takes at most above what it held after a small image."""
 
     small = "--input", str(folder / "L" / "48x48.png"), "--gt", str(folder / "H" / "48x48.png")
-    command = "--model_path", str(folder / "net.pth"), "--output", str(folder / "results")
+    command = "--model_path", str(folder / "net.pth"), "--output", str(folder / "results"), "--overwrite"
     with contextlib.redirect_stdout(io.StringIO()):
         test([*command, *small])
         forget_peak()
@@ -212,4 +213,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -40,6 +40,7 @@ from data.select_dataset import define_Dataset
 from models.loss import PerceptualLoss
 from models.model_gan import ModelGAN
 from models.precision import set_up, training_layout
+from utils.utils_error import run
 from utils.utils_image import imsave
 from utils.utils_option import Options, parse
 
@@ -359,4 +360,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

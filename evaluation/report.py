@@ -350,10 +350,10 @@ class Report:
         """Measure one image, the ``index``-th of its set, and encode it for the page; any thread may.
 
         Args:
-            broken: labels whose estimate is no image (NaN): they are shown as they are and get no numbers.
+            broken: labels whose estimate is or would be no image (NaN): they are shown as they are and get no numbers.
         """
         measured = self.measurer.measure(estimates, H)
-        for label in broken:
+        for label in measured.values.keys() & broken:  # none are measured where nobody looks
             measured.values[label] = dict.fromkeys(measured.values[label], math.nan)
         name = printable(name)
         pictures = dict(estimates) if H is None else {**estimates, "ground truth": H}

@@ -22,14 +22,15 @@ class LearnedMetric(nn.Module):
 
     Raises:
         ImportError: the library that it needs.
-        OSError, RuntimeError: its weights are not in torch's cache and cannot be fetched.
+        OSError, RuntimeError: its weights are not in torch's cache and cannot be fetched. How long a socket is waited
+            for is the caller's to say (``models.network_feature.socket_timeout``).
         UserError: the package with the weights of ST-LPIPS is not installed.
     """
 
     def __init__(self, name: str) -> None:
         super().__init__()
         # Random numbers are the same with the metric and without it.
-        with torch.random.fork_rng(devices=[]), socket_timeout(seconds=30):
+        with torch.random.fork_rng(devices=[]):
             self.network, self._distance = _network(name)
         self.requires_grad_(False)
         self.train(False)
@@ -70,7 +71,8 @@ def metric_loss(name: str, device: torch.device) -> LearnedMetric:
     """
     key = f"train.iqa_weights.{name}"
     try:
-        return LearnedMetric(name).to(device)
+        with socket_timeout(seconds=30):
+            return LearnedMetric(name).to(device)
     except ImportError as error:
         raise UserError(
             f"{key}: needs {METRICS[name].library}, which cannot be imported here ({error}); pip install -r "

@@ -69,7 +69,7 @@ _TAPS: dict[Backbone, dict[int, int]] = {
 class STLPIPS(nn.Module):
     """Two ``(N, 3, H, W)``, RGB in [0, 1] (not clamped), sides of 21 (alex) or 18 (vgg) -> ``(N,)``, 0 if equal.
 
-    It always stays in eval mode and its weights take no gradient.
+    The same in train and eval mode; that its weights take no gradient is for ``models.loss_metric.LearnedMetric``.
 
     Args:
         backbone: whose features are compared.
@@ -92,8 +92,6 @@ class STLPIPS(nn.Module):
             self.features = _alex() if backbone == "alex" else _vgg()
             self.heads = nn.ModuleList(nn.Conv2d(channels, 1, 1, bias=False) for channels in self.taps.values())
         self._load(_weights(backbone))
-        self.requires_grad_(False)
-        self.train(False)
 
     def _load(self, path: Path) -> None:
         """The file names its layers ``net.slice2.5`` and ``lin2.model.1``: here ``features.5`` and ``heads.2``."""
@@ -107,10 +105,6 @@ class STLPIPS(nn.Module):
             self.load_state_dict(weights, assign=True)
         except RuntimeError as error:
             raise UserError(f"{path}: these are not the weights of ST-LPIPS that this program knows") from error
-
-    def train(self, mode: bool = True) -> "STLPIPS":
-        """Stay in eval mode whatever is asked: a distance is a fixed yardstick."""
-        return super().train(False)
 
     def forward(self, E: Tensor, H: Tensor) -> Tensor:
         pairs = zip(self._directions(E), self._directions(H), strict=True)

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 class Restorer:
     """A generator in ``eval`` mode with what it takes to use it; ``label`` names it in tables and folders.
 
-    Of a diffusion model ``netG`` is the sampler.
+    Of a diffusion model ``netG`` is the sampler. ``options`` are those that ``netG`` was built by.
     """
 
     label: str
@@ -36,6 +36,7 @@ class Restorer:
     netG: nn.Module
     scale: int
     n_channels: int
+    options: Mapping[str, Any]
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -189,7 +190,9 @@ def _load(
         if opt.diffusion is not None:
             netG = define_sampler(netG, opt)
     netG = netG.eval().requires_grad_(False).to(device)
-    return Restorer(label, checkpoint, netG, options["scale"], options["n_channels"])
+    names = {"scale", "n_channels", "netG", "diffusion", "autoencoder"}
+    built_by = options if isinstance(options, dict) else options.model_dump(include=names)
+    return Restorer(label, checkpoint, netG, options["scale"], options["n_channels"], built_by)
 
 
 def set_sampling(models: Iterable[Restorer], steps: int | None, seed: int | None) -> None:

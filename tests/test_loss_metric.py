@@ -130,7 +130,7 @@ def test_images_in_which_nothing_is_seen_have_finite_gradients() -> None:
     for backbone in BACKBONES:
         network = STLPIPS(backbone)
         for parameter in network.features.parameters():
-            parameter.zero_()  # all features are 0
+            parameter.data.zero_()  # all features are 0
         E = torch.zeros(1, 3, 24, 24, requires_grad=True)
         network(E, torch.ones(1, 3, 24, 24)).sum().backward()
         assert E.grad is not None
@@ -361,3 +361,16 @@ def test_a_library_or_weights_that_cannot_be_had_are_one_line(work: Workplace, n
     monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", None)
     with pytest.raises(UserError, match=r"lpips_vgg: needs torchmetrics, .*pip install -r requirements-extra\.txt"):
         work.model("train.lpips_weight=1")
+
+
+def test_a_loss_waits_for_sockets_as_losses_do_and_a_column_as_columns_do(monkeypatch) -> None:
+    pytest.importorskip("torchmetrics")
+    limits: list[float | None] = []
+    network = torch.nn.Identity()
+    monkeypatch.setattr(
+        "models.loss_metric._network", lambda name: limits.append(socket.getdefaulttimeout()) or (network, network)
+    )
+    monkeypatch.setattr("evaluation.metrics._online", lambda: False)
+    metric_loss("lpips", torch.device("cpu"))
+    Measurer(["lpips"], 4, "cpu")
+    assert limits == [30, 3]

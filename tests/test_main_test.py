@@ -161,7 +161,7 @@ def test_files_and_tables_are_those_of_a_run_without_threads(tmp_path, monkeypat
     monkeypatch.setattr("evaluation.run.torch.get_num_threads", lambda: 3)
     with_threads = outcome("threads")
     monkeypatch.setattr("evaluation.run.Threads", InTurn)
-    assert len(with_threads[0]) == 3 * (8 + 5) + 5
+    assert len(with_threads[0]) == 3 * (8 + 5) + 6
     assert with_threads == outcome("in_turn")
 
 
@@ -253,6 +253,9 @@ def test_an_estimate_of_nan_has_no_numbers_and_is_named(tmp_path, capsys):
     assert set(means["nan"].values()) == {None}
     assert None not in means["run"].values()
     assert "a: what nan makes of it is not finite" in "".join(capsys.readouterr())
+    # Nor where nobody looks at it.
+    main(["--model_path", models[1], "--input", str(H), "--report_images", "0", "--output", str(tmp_path / "L")])
+    assert "a: what nan makes of it is not finite" in "".join(capsys.readouterr())
 
 
 def test_two_runs_are_compared_with_bicubic_on_any_sizes(tmp_path):
@@ -319,8 +322,8 @@ def test_without_ground_truth_images_are_only_restored_beside_the_run(tmp_path):
     run = save_run(tmp_path / "run")
     L = save_images(tmp_path / "photos", {"x/one.jpg": (1, 1), "two.webp": (7, 30), "x/three.tif": (16, 16)})
     command = ["--model_path", str(run), "--input", str(L)]
-    for _ in range(2):  # the second time its own results are replaced
-        main(command)
+    for more in ([], ["--overwrite"]):  # its own results are replaced
+        main(command + more)
         shapes = {name: image.shape[:2] for name, image in results(run / "results").items()}
         prefix = "run/photos"
         assert shapes == {
@@ -328,7 +331,8 @@ def test_without_ground_truth_images_are_only_restored_beside_the_run(tmp_path):
             f"{prefix}/x/one.png": (4, 4),
             f"{prefix}/x/three.png": (64, 64),
         }
-        assert sorted(path.name for path in (run / "results").glob("re*.*")) == ["report.html", "results.json"]
+        files = sorted(path.name for path in (run / "results").iterdir() if path.is_file())
+        assert files == ["report.html", "restored.jsonl", "results.json"]
 
 
 def test_several_sets_are_given_in_order_with_and_without_ground_truth(tmp_path, capsys):

@@ -4,9 +4,11 @@ import json
 import multiprocessing
 import os
 import shutil
-from concurrent.futures import ProcessPoolExecutor
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -590,6 +592,21 @@ def test_a_forked_process_does_not_use_what_its_parent_has_open(packed):
     assert {str(packed / name) for name in ("photos.lmdb", "masks.lmdb")} <= set(open_folders())  # beside other tests'
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
         assert pool.submit(open_folders).result() == []
+
+
+def test_threads_that_read_an_lmdb_folder_at_once_open_it_once(packed, monkeypatch):
+    folder, lmdb = str(packed / "photos.lmdb"), utils_lmdb.import_lmdb()
+    utils_lmdb.close_all()
+
+    def slow(*args, **settings):
+        env = lmdb.open(*args, **settings)
+        time.sleep(0.1)  # the others come meanwhile
+        return env
+
+    monkeypatch.setattr(utils_lmdb, "import_lmdb", lambda: SimpleNamespace(open=slow, Error=lmdb.Error))
+    keys = [utils_lmdb.split_path(path)[1] for path in utils_lmdb.list_lmdb(folder)]
+    with ThreadPoolExecutor(3) as threads:
+        assert all(threads.map(utils_lmdb.read_lmdb, [folder] * len(keys), keys))
 
 
 def test_steps_read_an_lmdb_folder(packed, photos):

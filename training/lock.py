@@ -28,10 +28,14 @@ class FolderLock:
     It is taken over from an owner that is dead: on the same system where its number is gone or another process's, else
     where there was no sign of life for :data:`LIMIT`, or where the owner is an earlier attempt of the same job of SLURM
     or torchrun. It needs nothing of the file system but that a file is created by one process alone.
+
+    Args:
+        path: of the lock.
+        other: what to choose another of, for the remedy where the folder is another process's.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, other: str = "task") -> None:
+        self.path, self.other = path, other
         self._text = ""  # of the lock that is ours
         self._released = threading.Event()
 
@@ -63,8 +67,8 @@ class FolderLock:
             if why is None:
                 raise UserError(
                     f"{self.path.parent}: {what} works in this folder since {owner.get('since', 'a moment ago')}; end "
-                    f"it or choose another task; where it is gone and cannot be asked for, wait {LIMIT / 60:g} minutes "
-                    f"or remove {self.path.name}"
+                    f"it or choose another {self.other}; where it is gone and cannot be asked for, wait "
+                    f"{LIMIT / 60:g} minutes or remove {self.path.name}"
                 )
             self._remove(other)
             logger.warning("%s: taken over from %s: %s", self.path, what, why)

@@ -6,12 +6,14 @@ project such an image has the path ``X.lmdb/sub/0001.png``.
 """
 
 import os
+import threading
 from typing import Any
 
 from utils.utils_error import UserError, check_regular
 
 META = "meta_info.txt"
 _open: dict[str, Any] = {}  # this process's, by folder
+_opening = threading.Lock()  # LMDB opens a folder once a process
 
 
 def import_lmdb() -> Any:
@@ -57,15 +59,16 @@ def list_lmdb(folder: str) -> list[str]:
 
 def read_lmdb(folder: str, key: str) -> bytes:
     """The encoded file of ``key``, as it was stored. Raises UserError where there is none."""
-    env = _open.get(folder)
-    if env is None:
-        lmdb = import_lmdb()
-        try:
-            # Without locks and read-ahead: many processes read at random places, none writes.
-            env = lmdb.open(folder, readonly=True, create=False, lock=False, readahead=False, meminit=False)
-        except lmdb.Error as error:
-            raise UserError(f"{folder} cannot be opened as LMDB ({error}): pack it again") from error
-        _open[folder] = env
+    with _opening:
+        env = _open.get(folder)
+        if env is None:
+            lmdb = import_lmdb()
+            try:
+                # Without locks and read-ahead: many processes read at random places, none writes.
+                env = lmdb.open(folder, readonly=True, create=False, lock=False, readahead=False, meminit=False)
+            except lmdb.Error as error:
+                raise UserError(f"{folder} cannot be opened as LMDB ({error}): pack it again") from error
+            _open[folder] = env
     with env.begin() as transaction:
         value = transaction.get(key.encode(errors="surrogateescape"))
     if value is None:
@@ -79,6 +82,12 @@ def close_all() -> None:
         _open.popitem()[1].close()
 
 
-# A forked worker must not use what its parent has opened, and could not open it a second time.
+def _begin_anew() -> None:
+    """A forked worker must not use what its parent has opened, and could not open it a second time."""
+    global _opening
+    _opening = threading.Lock()  # the parent's may be held by a thread that is not here
+    close_all()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=close_all)
+    os.register_at_fork(after_in_child=_begin_anew)
