@@ -57,7 +57,8 @@ def test_two_processes_train_gan_and_ssl_with_one_set_of_files_and_one_log(work:
     result = torchrun("main_train_gan.py", work, "model=gan", *SSL, *sr)
     assert result.returncode == 0, result.stderr
     names = {p.name for p in (work.folder() / "models").iterdir()}
-    assert names == {f"3_{n}.pth" for n in ("G", "E", "D", "optimizerG", "optimizerD")} | {"3_state.json"}
+    expected = {f"3_{n}.pth" for n in ("G", "E", "D", "optimizerG", "optimizerD")}
+    assert names == expected | {"3_G.safetensors", "3_E.safetensors", "3_state.json"}
     assert len(list((work.folder() / "tensorboard").iterdir())) == 1
     for text in (result.stdout, work.log()):
         assert len(re.findall(r"step 3/3 ", text)) == 1

@@ -199,6 +199,7 @@ def test_a_run_leaves_kairs_files_a_log_a_grid_and_a_board(work: Workplace) -> N
     assert len(board) == 1
     assert names - board == {
         *models,
+        *(f"models/{s}_{n}.safetensors" for s in (2, 4) for n in ("G", "E")),
         *(f"models/{s}_state.json" for s in (2, 4)),
         *(f"images/test_{s:08d}.png" for s in (2, 4)),
         "options/TIME.json",
@@ -242,6 +243,7 @@ def test_averages_of_before_go_with_their_step_when_there_are_none_any_more(work
     work.run(*keep, "train.E_decay=0")
     assert sorted(path.name for path in (work.folder() / "models").iterdir()) == [
         "4_G.pth",
+        "4_G.safetensors",
         "4_optimizerG.pth",
         "4_state.json",
     ]
