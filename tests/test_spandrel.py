@@ -158,7 +158,8 @@ def test_spans_merged_kernels_in_the_file_are_those_of_its_weights(place, tmp_pa
         found = describe_weights(saved)
         found(image())  # merges them anew
         key = "block_1.c1_r.eval_conv.weight"
-        torch.testing.assert_close(found.model.state_dict()[key], saved[key], rtol=0, atol=0)
+        # Products of three kernels, summed in an order that the number of threads decides.
+        torch.testing.assert_close(found.model.state_dict()[key], saved[key], rtol=1e-5, atol=1e-7)
 
 
 def test_other_names_of_an_architecture_are_translated_as_spandrel_does(tmp_path):
