@@ -12,7 +12,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # From the roof to the ground; those that share a floor know nothing of each other.
 FLOORS = [
     ("main_*.py",),
-    ("training", "evaluation", "data/preparation"),
+    ("training",),
+    ("evaluation", "data/preparation"),
     ("models/model_*", "data"),
     ("models", "data/degradations"),
     ("utils",),

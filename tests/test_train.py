@@ -18,9 +18,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from data import dataset_blindsr as blindsr
+from evaluation.metrics import Measurer
 from models.model_base import ModelBase
 from models.model_gan import ModelGAN
 from tests.conftest import REPOSITORY, photograph
@@ -28,10 +30,11 @@ from tests.test_option import KAIR
 from tests.training import SSL, Workplace, assert_same, tree
 from training.checkpoints import Checkpoints
 from training.loop import _StopSignals
-from training.validate import validate
+from training.validate import best_by, validate
 from utils.utils_checkpoint import unwrap
 from utils.utils_error import UserError, run
 from utils.utils_image import imread_uint, imsave
+from utils.utils_option import parse
 from utils.utils_resume import newest_generator
 from utils.utils_ssl import SelfSimilarityLoss, edge_mask
 
@@ -292,15 +295,67 @@ def test_one_perfect_image_does_not_make_the_mean_infinite(work: Workplace, capl
     items = [{"L": H[:, ::4, ::4], "H": H} for H in truths]
     answers = iter([truths[0], truths[1] * 0.9, truths[2] * 0.9, *truths, truths[0] * torch.nan, *truths[1:]])
     model.test = lambda: setattr(model, "E", next(answers)[None])  # type: ignore[attr-defined]
+    measurer = Measurer(["psnr", "ssim"], border=4, device="cpu")
 
     def validated() -> dict[str, float]:
         with caplog.at_level("INFO"):
-            return validate(model, items, 4, work.root / "grid.png", 0, torch.device("cpu"))  # type: ignore[arg-type]
+            return validate(model, items, measurer, work.root / "grid.png", 0, torch.device("cpu"))  # type: ignore[arg-type]
 
     assert 15 < validated()["psnr"] < 40
-    assert "1 of 3 images equal the ground truth (infinite PSNR): not in the mean" in caplog.messages
+    assert "1 of 3 images: PSNR is infinite, not in the mean" in caplog.messages
     assert validated() == {"psnr": math.inf, "ssim": 1.0}
     assert all(math.isnan(value) for value in validated().values())  # of an estimate that is NaN
+
+
+def test_validation_measures_what_the_options_name_and_shows_the_board_its_images(work: Workplace) -> None:
+    work.run("train.iterations=2", "train.checkpoint_test=2", 'test.validation=["ssg", "stlpips"]')
+    said = re.search(r"step 2 test: (.*)", work.log())
+    assert said
+    assert re.fullmatch(r"SSG [\d.]+, ST-LPIPS [\d.]+", said[1])
+    events = EventAccumulator(str(work.folder() / "tensorboard"))
+    events.Reload()
+    assert {"val/test/ssg", "val/test/stlpips"} <= {*events.Tags()["scalars"]}
+    assert events.Tags()["images"] == ["val/test"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], "psnr"),
+        (["model=gan"], "ssg"),
+        (["model=gan", 'test.validation=["psnr", "stlpips", "ssg"]'], "stlpips"),
+        (["model=gan", 'test.validation=["ssim"]'], "ssim"),
+        (["model=gan", "train.checkpoint_best_by=psnr"], "psnr"),
+    ],
+)
+def test_the_best_of_a_gan_is_not_the_nearest_to_its_psnr_start(
+    work: Workplace, overrides: list[str], expected: str
+) -> None:
+    assert best_by(parse(work.file(), overrides=overrides)) == expected
+
+
+def test_of_a_distance_the_least_is_the_best(work: Workplace, monkeypatch) -> None:
+    scores = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr("training.loop.validate", lambda *a: {"ssg": next(scores)})
+    each = ("train.checkpoint_save=1", "train.checkpoint_test=1", "train.checkpoint_keep=1")
+    work.run(*each, "train.iterations=3", "train.checkpoint_best_by=ssg")
+    assert sorted({p.name.split("_")[0] for p in (work.folder() / "models").iterdir()}) == ["2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ('test.validation=["fid"]', "test.validation: fid is of whole sets, main_test.py measures it"),
+        ("train.checkpoint_best_by=fid", "test.validation: fid is of whole sets"),
+        ("train.checkpoint_best_by=snr", "train.checkpoint_best_by"),
+    ],
+)
+def test_metrics_that_training_cannot_go_by_end_it_before_it_begins(
+    work: Workplace, override: str, expected: str
+) -> None:
+    with pytest.raises(UserError, match=expected):
+        work.run(override)
+    assert not work.folder().exists()
 
 
 def test_validation_without_memory_names_smaller_tiles(work: Workplace, monkeypatch) -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 from utils.utils_checkpoint import DamagedError, Fingerprint
 from utils.utils_error import UserError
+from utils.utils_metric_table import METRICS
 from utils.utils_resume import Run, never_saved, read_run, read_state, save_sealed, saved_steps
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class Checkpoints:
         keep: how many to keep besides those that ``every`` and ``best`` name; None = all.
         every: keep steps that are multiples of this for good; None = none.
         best: keep this many with the best scores.
-        metric: what the scores are; those of another one do not count.
+        metric: what the scores are, by its name in ``utils_metric_table``; those of another one do not count.
     """
 
     def __init__(
@@ -169,8 +170,8 @@ class Checkpoints:
         """Write a checkpoint, the state last; then drop old ones if asked to, never the best.
 
         Args:
-            validation: of this step; what its first set says, PSNR in dB, SSIM or a ranker's share of pairs in order,
-                is the score by which the best are kept.
+            validation: of this step; the metric, or a ranker's share of pairs in order, of its first set is the score
+                by which the best are kept.
             others: files of this step that are written already, by their names.
         """
         files = {**model.save(self.folder, step, validation), **(others or {})}
@@ -179,7 +180,7 @@ class Checkpoints:
         state = self.state._replace(seed=seed, metric=self.metric, score=None)
         if score is not None and not math.isnan(score):
             state = state._replace(score=score)
-            if state.best_score is None or score >= state.best_score:
+            if state.best_score is None or not self._is_better(state.best_score, score):
                 state = state._replace(best_score=score, best_step=step)
         content = {key: value for key, value in state._asdict().items() if value is not None}
         content |= {"step": step, "run": self.run.run, "files": {name: file._asdict() for name, file in files.items()}}
@@ -198,6 +199,9 @@ class Checkpoints:
                 if of_step and int(of_step[1]) <= step and int(of_step[1]) not in kept:
                     path.unlink(missing_ok=True)
 
+    def _is_better(self, one: float, other: float) -> bool:
+        return one > other if METRICS[self.metric].higher_better else one < other
+
     def _kept(self, step: int) -> set[int]:
         """The steps to keep. A later one is what an interruption left: it must not push out what was just saved."""
         steps = [n for n in saved_steps(self.folder) if n <= step]
@@ -206,7 +210,8 @@ class Checkpoints:
             kept |= {n for n in steps if n % self.every == 0}
         if self.best:
             states = {n: state for n in steps if (state := self._state(n)) and state.metric == self.metric}
-            scores = [(state.score, n) for n, state in states.items() if state.score is not None]
+            sign = 1 if self._is_better(1, 0) else -1
+            scores = [(sign * state.score, n) for n, state in states.items() if state.score is not None]
             kept |= {n for _, n in sorted(scores, reverse=True)[: self.best]}
             kept |= {self.state.best_step} if self.state.best_step is not None else set()
         return kept

@@ -21,6 +21,7 @@ from data.check import check_dataset
 from data.degradations.select_degradation import Degrader
 from data.loader import STOP_SIGNALS, EndlessBatchSampler, ahead, batches, training_loader
 from data.select_dataset import define_Dataset
+from evaluation.metrics import Measurer
 from models.model_base import ModelBase, ModelSR
 from models.model_ranker import ModelRanker
 from models.precision import set_up
@@ -31,11 +32,12 @@ from training.dry_run import rehearse
 from training.failure import told_in_one_line
 from training.lock import FolderLock, remove_parts
 from training.progress import Progress
-from training.validate import validate, validate_ranker
+from training.validate import best_by, validate, validate_ranker, validation_measurer
 from utils import utils_dist
 from utils.utils_checkpoint import Fingerprint
 from utils.utils_error import UserError
 from utils.utils_logger import close_file, setup
+from utils.utils_metric_table import METRICS
 from utils.utils_name import output_path, safe_name
 from utils.utils_option import DatasetOptions, Options, is_read, patch_size
 from utils.utils_resume import saved_steps
@@ -96,6 +98,7 @@ class _Run:
     loader: DataLoader
     degrade: Degrader | None  # where the data set gives H alone
     test_sets: Mapping[str, Dataset]
+    measurer: Measurer | None  # of the test sets; None where there are none, of a ranker, and in a dry run
     checkpoints: Checkpoints
     lock: FolderLock | None  # of the run's folder, held by the first process; None in a dry run
 
@@ -121,7 +124,7 @@ def _prepare(opt: Options, device: torch.device, lock: FolderLock | None) -> _Ru
         opt.train.checkpoint_keep,
         opt.train.checkpoint_keep_every,
         opt.train.checkpoint_keep_best,
-        opt.train.checkpoint_best_by,
+        best_by(opt),
     )
     gone = _check_paths(opt)
     if gone and not saved_steps(checkpoints.folder):
@@ -139,6 +142,8 @@ def _prepare(opt: Options, device: torch.device, lock: FolderLock | None) -> _Ru
     set_up(opt.train)
     train_set = define_Dataset(data)
     test_sets = {name: define_Dataset(d) for name, d in opt.test_sets.items()}
+    measures = bool(test_sets) and opt.model != "ranker" and lock is not None
+    measurer = validation_measurer(opt, device) if measures else None
     model = define_Model(opt.model_copy(update={"path": opt.path.model_copy(update=dict.fromkeys(gone))}), device)
     degrade = Degrader(data, device) if data.degradation_device == "gpu" else None
     step = checkpoints.resume(model, degrade)
@@ -171,7 +176,7 @@ def _prepare(opt: Options, device: torch.device, lock: FolderLock | None) -> _Ru
     )
     sampler = EndlessBatchSampler(images, batch, seed, data.dataloader_shuffle, step, rank, world_size)
     loader = training_loader(train_set, sampler, data.dataloader_num_workers, pin_memory=device.type == "cuda")
-    return _Run(opt, device, seed, step, model, loader, degrade, test_sets, checkpoints, lock)
+    return _Run(opt, device, seed, step, model, loader, degrade, test_sets, measurer, checkpoints, lock)
 
 
 def _rehearse(opt: Options, device: torch.device) -> None:
@@ -257,7 +262,7 @@ def _save(run: _Run, step: int, validation: Validation) -> None:
 
 
 def _validate(run: _Run, step: int, progress: Progress) -> Validation:
-    """Validate on every set; -> by its name PSNR and SSIM, or a ranker's share of pairs in order."""
+    """Validate on every set; -> by its name what ``test.validation`` lists, or a ranker's share of pairs in order."""
     validation: dict[str, Mapping[str, float]] = {}
     for name, test_set in run.test_sets.items():
         if isinstance(run.model, ModelRanker):
@@ -267,11 +272,14 @@ def _validate(run: _Run, step: int, progress: Progress) -> Validation:
             validation[name] = {"in_order": in_order}
             continue
         assert isinstance(run.model, ModelSR)
+        assert run.measurer is not None
         grid = output_path(run.opt.task_dir / "images", f"{safe_name(name)}_{step:08d}.png")
-        result = validate(run.model, test_set, run.opt.scale, grid, run.opt.test.images, run.device)
+        result = validate(run.model, test_set, run.measurer, grid, run.opt.test.images, run.device)
         progress.scalars(f"val/{name}", result)
+        if grid.exists():
+            progress.image(f"val/{name}", grid)
         if result:
-            logger.info("step %d %s: PSNR %.2f dB, SSIM %.4f", step, name, result["psnr"], result["ssim"])
+            logger.info("step %d %s: %s", step, name, ", ".join(METRICS[m].titled(v) for m, v in result.items()))
         validation[name] = result
     progress.pause_over()
     return validation

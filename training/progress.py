@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from utils.utils_image import imread_uint
+
 logger = logging.getLogger(__name__)
 
 # tqdm's own lock is one for several processes, for which Python may start a process that dies of SIGHUP and SIGUSR1;
@@ -93,6 +95,12 @@ class Progress:
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(f"{prefix}/{name}", value, self.step)
+
+    def image(self, name: str, path: Path) -> None:
+        """A picture for TensorBoard, from a file."""
+        if self._writer is not None:
+            picture = imread_uint(str(path), 3)
+            self._writer.add_image(name, picture, self.step, dataformats="HWC")
 
     def close(self) -> None:
         """End the progress bar and the TensorBoard file."""

@@ -1,4 +1,4 @@
-"""Validation while training: PSNR and SSIM over a set, and a grid of images to look at; of a ranker, pairs in order."""
+"""Validation while training: metrics over a set, and a grid of images to look at; of a ranker, pairs in order."""
 
 import logging
 import math
@@ -10,10 +10,14 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from data.loader import one_by_one
+from evaluation.metrics import Measurer
 from models.model_base import ModelSR
 from models.model_ranker import ModelRanker
 from utils import utils_dist
-from utils.utils_image import calculate_psnr, calculate_ssim, imsave, tensor2uint
+from utils.utils_error import UserError
+from utils.utils_image import imsave, tensor2uint
+from utils.utils_metric_table import METRICS, choose
+from utils.utils_option import Options
 from utils.utils_tile import enough_memory, tile_remedy
 
 Picture = NDArray[np.uint8]
@@ -21,50 +25,74 @@ logger = logging.getLogger(__name__)
 
 
 def validate(
-    model: ModelSR, test_set: Dataset, scale: int, grid: Path, images: int, device: torch.device
+    model: ModelSR, test_set: Dataset, measurer: Measurer, grid: Path, images: int, device: torch.device
 ) -> dict[str, float]:
-    """Mean PSNR (dB) and SSIM of a model over a set: RGB, 8 bit, border = scale; the processes share the images.
+    """Mean of each metric of a model over a set, of 8-bit images as in main_test.py; the processes share the images.
 
-    Images that equal H, of infinite PSNR, are left out of its mean and counted in the log, unless all are such; an
-    estimate that is not finite makes both means NaN.
+    Infinite values, PSNR of images that equal H, are left out of a mean and counted in the log, unless all are such; an
+    estimate that is not finite makes every mean NaN. A metric that has no value for any image is left out.
 
     Args:
         model: what restores.
-        test_set: items with L and H; items without H, or too small for SSIM, are restored for the grid only.
+        test_set: items with L and H; those without H have the metrics of E alone, or are for the grid only.
+        measurer: what measures.
         grid: PNG to write, one row an image: L (pixels repeated), E and H where there is one.
         images: rows of the grid.
 
     Raises:
         UserError: the memory is too small.
     """
-    sums = {"psnr": 0.0, "finite": 0.0, "ssim": 0.0, "count": 0.0}
+    sums = {f"{name} {of}": 0.0 for name in measurer.names for of in ("sum", "finite", "infinite")}
     rows: list[Picture] = []
-    smallest = 2 * scale + 11  # the border on both sides and SSIM's window
     for batch in one_by_one(test_set, utils_dist.rank(), utils_dist.world_size()):
         model.feed_data(batch, need_H="H" in batch)
         with enough_memory(f"validation: {tile_remedy(model.opt.test.tile, 'test.tile=')}"):
             model.test()
         visuals = model.current_visuals()
         shown = {name: tensor2uint(image.nan_to_num()) for name, image in visuals.items()}
-        if "H" in shown and min(shown["H"].shape[:2]) >= smallest:
-            sound = 1.0 if visuals["E"].isfinite().all() else math.nan
-            psnr = calculate_psnr(shown["E"], shown["H"], border=scale)
-            if math.isfinite(psnr):
-                sums["psnr"] += sound * psnr
-                sums["finite"] += 1
-            sums["ssim"] += sound * calculate_ssim(shown["E"], shown["H"], border=scale)
-            sums["count"] += 1
+        sound = 1.0 if visuals["E"].isfinite().all() else math.nan
+        for name, value in measurer.measure({"E": shown["E"]}, shown.get("H")).values["E"].items():
+            if math.isfinite(value):
+                sums[f"{name} sum"] += sound * value
+            if not math.isnan(value):
+                sums[f"{name} {'finite' if math.isfinite(value) else 'infinite'}"] += 1
         if utils_dist.rank() == 0 and len(rows) < images:
             rows.append(_row(shown))
     sums = utils_dist.total(sums, device)
     if rows:
         imsave(_stack(rows), str(grid))
-    count, finite = sums["count"], sums["finite"]
-    if not count:
-        return {}
-    if equal := round(count - finite):
-        logger.info("%d of %d images equal the ground truth (infinite PSNR): not in the mean", equal, count)
-    return {"psnr": sums["psnr"] / finite if finite else math.inf, "ssim": sums["ssim"] / count}
+    means = {}
+    for name in measurer.names:
+        total, finite, infinite = (sums[f"{name} {of}"] for of in ("sum", "finite", "infinite"))
+        if infinite:
+            what = METRICS[name].title
+            logger.info("%d of %d images: %s is infinite, not in the mean", infinite, finite + infinite, what)
+        if finite or infinite:
+            means[name] = total / finite if finite else math.inf
+    return means
+
+
+def best_by(opt: Options) -> str:
+    """The metric that says which checkpoints are best, as ``train.checkpoint_best_by`` describes it."""
+    validated = choose(opt.test.validation)
+    perceptual = ["stlpips_vgg", "stlpips", "ssg"] if opt.model in ("gan", "spsr") else []
+    wanted = [name for name in (*perceptual, "psnr", *validated) if name in validated]
+    return opt.train.checkpoint_best_by or next(iter(wanted), "psnr")
+
+
+def validation_measurer(opt: Options, device: torch.device) -> Measurer:
+    """What measures while training: ``test.validation`` and what the best are chosen by.
+
+    Raises:
+        UserError: a metric is of whole sets, or the one that the best are chosen by cannot be had here.
+    """
+    names = choose(dict.fromkeys([*opt.test.validation, best_by(opt)]))
+    if of_sets := [name for name in names if METRICS[name].needs == "set"]:
+        raise UserError(f"test.validation: {of_sets[0]} is of whole sets, main_test.py measures it; leave it out")
+    measurer = Measurer(names, opt.scale, device)
+    if best_by(opt) in measurer.missing:
+        raise UserError(f"train.checkpoint_best_by: {best_by(opt)} cannot be had: {measurer.missing[best_by(opt)]}")
+    return measurer
 
 
 def validate_ranker(model: ModelRanker, test_set: Dataset, device: torch.device) -> float:

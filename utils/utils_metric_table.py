@@ -34,6 +34,10 @@ class Metric:
     smallest: int = 1
     is_loss: bool = False
 
+    def titled(self, value: float) -> str:
+        """``PSNR 28.43 dB``."""
+        return f"{self.title} {value:{self.spec}}{' dB' if self.about.startswith('dB') else ''}"
+
 
 def _learned(title: str, about: str, library: Library, smallest: int) -> Metric:
     """A learned distance of E and H."""

@@ -178,6 +178,15 @@ class PathOptions(Section):
     )
 
 
+# The names and groups of utils_metric_table.
+_OwnMetric = Literal["psnr", "ssim", "psnr_y", "ssim_y", "psnr_y8", "ssim_y8", "ssg"]
+_OfflineMetric = Literal["ms_ssim", "fsim", "gmsd", "vif", "nlpd", "mad", "piqe"]
+_LossMetric = Literal["stlpips", "stlpips_vgg", "lpips", "lpips_vgg", "dists"]
+_LearnedMetric = Literal["fid", "niqe", "musiq", "clipiqa", "maniqa"]
+_OneMetric = Literal[_OwnMetric, _LossMetric, _LearnedMetric, _OfflineMetric]
+MetricName = Literal["default", "paper", "offline", _OneMetric]
+
+
 Side = Literal["G", "D", "R"]
 
 
@@ -384,8 +393,10 @@ class TrainOptions(Section):
         None, description="with checkpoint_keep: keep those of each multiple of this many steps too; null = none"
     )
     checkpoint_keep_best: Count = Field(1, description="with checkpoint_keep: how many of the best are kept; 0 = none")
-    checkpoint_best_by: Literal["psnr", "ssim"] = Field(
-        "psnr", description="what is best, on the first test set; model ranker: always the share of pairs in order"
+    checkpoint_best_by: _OneMetric | None = Field(
+        None,
+        description="the metric that says which is best, on the first test set; null = PSNR, and of GANs the first of "
+        "ST-LPIPS and SSG that is in test.validation; model ranker: always the share of pairs in order",
     )
 
     @property
@@ -412,14 +423,6 @@ class TrainOptions(Section):
         )
 
 
-# The names and groups of utils_metric_table.
-_OwnMetric = Literal["psnr", "ssim", "psnr_y", "ssim_y", "psnr_y8", "ssim_y8", "ssg"]
-_OfflineMetric = Literal["ms_ssim", "fsim", "gmsd", "vif", "nlpd", "mad", "piqe"]
-_LossMetric = Literal["stlpips", "stlpips_vgg", "lpips", "lpips_vgg", "dists"]
-_LearnedMetric = Literal["fid", "niqe", "musiq", "clipiqa", "maniqa"]
-MetricName = Literal["default", "paper", "offline", _OwnMetric, _LossMetric, _LearnedMetric, _OfflineMetric]
-
-
 class TestOptions(Section):
     """Validation in training and ``main_test.py``."""
 
@@ -434,6 +437,9 @@ class TestOptions(Section):
     param_key: str | None = Field(None, description="which weights of the file; null = params_ema, params or the file")
     output: PathText | None = Field(None, description="folder for results; null = root/task/results")
     images: Count = Field(4, description="validation: how many images go into the grid; 0 = none")
+    validation: list[MetricName] = Field(
+        ["psnr", "ssim", "ssg"], description="what training measures, of E alone or with H: metrics or groups of them"
+    )
     metrics: list[MetricName] = Field(["default"], description="what main_test.py measures: metrics or groups of them")
     report_images: Count = Field(30, description="main_test.py: how many images go into report.html; 0 = no such file")
 
