@@ -135,6 +135,15 @@ PUBLISHED: tuple[Published, ...] = (
 )
 
 
+def how_to_get(name: str) -> str | None:
+    """What a user who lacks this published file does; None for other names."""
+    for file in PUBLISHED:
+        if file.name == name:
+            fetch = f"fetch it: python main_download_pretrained_models.py --models {name}"
+            return fetch if file.url else f"get it from {file.page}"
+    return None
+
+
 def select(words: Sequence[str]) -> list[Published]:
     """The files that ``words`` name: file names, groups or "all", in any case.
 

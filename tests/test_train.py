@@ -549,6 +549,11 @@ def test_a_mistake_is_one_line_and_status_2_of_the_script(work: Workplace) -> No
         (["datasets.train.dataroot_H={root}/empty"], r"empty"),
         (["datasets.train.dataroot_H={root}/o.json"], r"o\.json"),
         (["path.pretrained_netG=zoo/G.pth"], r"path\.pretrained_netG: there is no file zoo/G.pth.*random weights"),
+        (
+            ["path.pretrained_netG=zoo/BSRNet.pth"],
+            r"no file zoo/BSRNet\.pth; fetch it: python main_dow\w+\.py --models BSRN",
+        ),
+        (["path.pretrained_netG=zoo/spsr"], r"no file zoo/spsr; get it from https://"),
         (["path.pretrained_netD=zoo/D.pth", "model=gan"], r"path\.pretrained_netD: there is no file"),
         (["path.pretrained_netE=zoo/E.pth"], r"path\.pretrained_netE: there is no file"),
         (["path.pretrained_netG={root}/bad.pth"], r"bad\.pth: .*damaged"),

@@ -25,6 +25,7 @@ from evaluation.metrics import Measurer
 from models.model_base import ModelBase, ModelSR
 from models.model_ranker import ModelRanker
 from models.precision import set_up
+from models.published import how_to_get
 from models.select_model import define_Model
 from training.checkpoints import Checkpoints, Validation
 from training.command_line import training_options
@@ -311,7 +312,7 @@ def _check_paths(opt: Options) -> dict[str, str]:
         path = opt.path[key]
         if not path or not needed or os.path.isfile(path):
             continue
-        problem = f"path.{key}: there is no file {path}; put it there"
+        problem = f"path.{key}: there is no file {path}; {how_to_get(Path(path).name) or 'put it there'}"
         if key == "pretrained_netG" and opt.netG and opt.netG.net_type == "spandrel":
             raise UserError(f"{problem}: the network is built from it")
         if key == "pretrained_netF":
