@@ -10,7 +10,8 @@ python main_test.py --model_path gan=A.pth gan_ssl=B.pth --gt testsets/Set5 test
 A model is a checkpoint file or a run's folder (then its newest step, of that the average {iter}_E.pth if there is one).
 Without --input, L is made from the ground truth by MATLAB bicubic. Several sets are given in order, - where one has no
 --gt or no --input; several files of one folder (photos/*.png) are one set, called as their folder. Models X and X_ssl
-are compared as without and with SSL. Images go to OUTPUT/{model}/{set}/{name}.png, beside them results.csv,
+are compared as without and with SSL. --all_steps tests each checkpoint of a run, RUN_{step}, and the report draws
+their means over the steps. Images go to OUTPUT/{model}/{set}/{name}.png, beside them results.csv,
 results.json, results.md, report.html (to compare by eye, in any browser) and side_by_side.png. OUTPUT is by default the
 run's folder results/, or ./results for several models and for checkpoints outside a run.
 
@@ -41,6 +42,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--opt", metavar="FILE", help="option file, JSON with // comments")
     parser.add_argument("override", nargs="*", metavar="key.path=value", help="with --opt, e.g. test.tile=256")
     parser.add_argument("--model_path", nargs="+", metavar="[NAME=]PATH", help="checkpoint files or runs' folders")
+    parser.add_argument("--all_steps", action="store_true", help="every checkpoint of runs' folders, as curves")
     parser.add_argument("--input", nargs="+", help="folders or images to restore; - for a set that has only --gt")
     parser.add_argument("--gt", nargs="+", help="folders or images of ground truth, paired with --input; - for none")
     parser.add_argument("--scale", type=int, help="needed only where the weights leave it open")
@@ -69,6 +71,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("give either --opt FILE or --model_path PATH")
     if args.opt and (given := [name for name in alone if getattr(args, name[2:]) is not None]):
         parser.error(f"{', '.join(given)}: with --opt these stand in the file, or as test.tile=256, diffusion.seed=1")
+    if args.opt and args.all_steps:
+        parser.error("--all_steps: is for --model_path RUN")
     if args.model_path and args.override:
         parser.error(f"{args.override[0]}: options are for --opt only")
     if args.report_images is not None and args.report_images < 0:

@@ -29,7 +29,7 @@ from evaluation.report import RESULTS, Entry, Report
 from evaluation.restored import LOCK, MANIFEST, Line, Manifest, Place, digest_of, made_by
 from evaluation.threads import Threads
 from models.precision import autocast, faster_layout, in_float32, warn_if_slow
-from models.restorer import Restorer, load_restorer, load_restorer_of, run_folder, set_sampling
+from models.restorer import Restorer, Step, load_restorer, load_restorer_of, run_folder, set_sampling, steps_of
 from utils.utils_error import UserError, printable
 from utils.utils_image import Array, ImageExtras, imread_uint, imresize, single2uint, tensor2uint, uint2single
 from utils.utils_name import check_output, folded, output_names, output_path, safe_name
@@ -58,6 +58,7 @@ class Job:
     tile_setting: str  # how another tile is asked for
     precision: str
     overwrite: bool  # restore also what is there
+    steps: Sequence[Step] = ()  # where the models are the checkpoints of runs
 
 
 class Lock(Protocol):
@@ -98,10 +99,12 @@ def job_of(args: Namespace, opt: Options | None) -> Job:
     tile_overlap = 32 if args.tile_overlap is None else args.tile_overlap
     check_tile(tile, tile_overlap)
     pairs = _pairs(args.input, args.gt)
-    models = [load_restorer(spec, args.scale, args.param_key, device, args.steps) for spec in args.model_path]
+    steps = [step for spec in args.model_path for step in steps_of(spec)] if args.all_steps else []
+    specs = [step.spec for step in steps] or args.model_path
+    models = [load_restorer(spec, args.scale, args.param_key, device, args.steps) for spec in specs]
     set_sampling(models, args.steps, args.seed)
     first = models[0]
-    of_one_run = run_folder(first.checkpoint) if len(models) == 1 else None
+    of_one_run = run_folder(first.checkpoint) if len({step.run for step in steps} or models) == 1 else None
     output = Path(args.output) if args.output else (of_one_run or Path()) / "results"
     sets = [
         DatasetOptions(
@@ -119,7 +122,7 @@ def job_of(args: Namespace, opt: Options | None) -> Job:
     metrics = args.metrics or defaults.metrics
     report_images = defaults.report_images if args.report_images is None else args.report_images
     more = metrics, report_images, device, "--tile ", args.precision or defaults.precision, args.overwrite
-    return Job(models, sets, output, tile, tile_overlap, *more)
+    return Job(models, sets, output, tile, tile_overlap, *more, steps)
 
 
 def _pairs(inputs: list[str] | None, gts: list[str] | None) -> dict[str, tuple[list[str], list[str]]]:
@@ -389,4 +392,6 @@ def test(job: Job, lock: Lock) -> None:
         "tile_overlap": job.tile_overlap,
         "precision": job.precision,
     }
+    if job.steps:
+        about["steps"] = {step.label: {"run": step.run, "step": step.step} for step in job.steps}
     report.write(job.output, run_facts(job.device), about, first.n_channels)

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -114,6 +114,47 @@ def _published_resshift(checkpoint: Path, steps: int | None) -> dict[str, Any]:
     }
 
 
+def labelled(spec: str) -> tuple[str, Path]:
+    """``label=PATH`` or ``PATH`` -> the label, "" where there is none, and the path."""
+    label, equals, path = spec.partition("=")
+    return (label, Path(path)) if equals and not Path(spec).exists() else ("", Path(spec))
+
+
+def run_name(folder: Path) -> str:
+    """What a run's folder, or its ``models``, is called in tables."""
+    folder = folder.resolve()
+    return safe_name((folder.parent if folder.name == "models" else folder).name)
+
+
+class Step(NamedTuple):
+    """A checkpoint among those of its run."""
+
+    run: str  # the name of the run in tables
+    step: int
+    spec: str  # for :func:`load_restorer`
+
+    @property
+    def label(self) -> str:
+        """Its own name in tables."""
+        return labelled(self.spec)[0]
+
+
+def steps_of(spec: str) -> list[Step]:
+    """Every checkpoint of a run that ``spec`` names: of the average E where the run has one, else of G.
+
+    Raises:
+        UserError: it is no folder of a run, or has no checkpoints.
+    """
+    label, path = labelled(spec)
+    models = path / "models" if (path / "models").is_dir() else path
+    network = next((name for name in "EG" if saved_steps(models, name)), None)
+    if network is None:
+        raise UserError(f"--all_steps: {path} is no run's folder with checkpoints, {{iter}}_E.pth or {{iter}}_G.pth")
+    run = label or run_name(path)
+    steps = reversed(saved_steps(models, network))
+    return [Step(run, step, f"{run}_{step}={models / f'{step}_{network}.pth'}") for step in steps]
+
+
 # What decides over the result and is not told by the weights of a network.
 _UNTOLD = {"elan": ("window_sizes", "img_range"), "swinir": ("img_range",)}
 
@@ -145,10 +186,8 @@ def load_restorer(
     Raises:
         UserError: the checkpoint is missing, unreadable, of an unknown network, or of another scale.
     """
-    label, equals, path = spec.partition("=")
-    if not equals or Path(spec).exists():
-        label, path = "", spec
-    checkpoint = find_checkpoint(Path(path))
+    label, path = labelled(spec)
+    checkpoint = find_checkpoint(path)
     options = _saved_options(checkpoint)
     if options is None:
         try:
@@ -161,9 +200,8 @@ def load_restorer(
             raise UserError(f"{prefix}{error}") from error
     if scale not in (None, options["scale"]):
         raise UserError(f"{checkpoint}: is made for scale {options['scale']}, which --scale {scale} contradicts")
-    if not label and Path(path).is_dir():
-        folder = Path(path).resolve()
-        label = safe_name((folder.parent if folder.name == "models" else folder).name)
+    if not label and path.is_dir():
+        label = run_name(path)
     return _load(label or safe_name(checkpoint.stem), checkpoint, options, param_key, device)
 
 

@@ -318,6 +318,19 @@ def test_the_newest_weights_of_a_run_are_taken_and_named(tmp_path, capsys, names
     assert np.array_equal(*(results(tmp_path / name)["run/L/a.png"] for name in ("out", "other")))
 
 
+def test_all_steps_are_the_averages_of_a_run_in_their_order(tmp_path):
+    run = save_run(tmp_path / "run")
+    images = save_images(tmp_path / "gt", {"a.png": (40, 48)})
+    main(["--model_path", str(run), "--all_steps", "--gt", str(images), "--metrics", "psnr"])
+    content = json.loads((run / "results" / "results.json").read_text())
+    assert content["steps"] == {f"run_{step}": {"run": "run", "step": step} for step in (8, 10)}
+    assert [*content["models"]] == ["run_8", "run_10"]
+    assert content["models"]["run_8"].endswith("8_E.pth")
+    assert {path.name for path in (run / "results").glob("run_*")} == {"run_8", "run_10"}
+    with pytest.raises(UserError, match=r"--all_steps: .*gt is no run's folder with checkpoints"):
+        main(["--model_path", str(images), "--all_steps", "--gt", str(images)])
+
+
 def test_without_ground_truth_images_are_only_restored_beside_the_run(tmp_path):
     run = save_run(tmp_path / "run")
     L = save_images(tmp_path / "photos", {"x/one.jpg": (1, 1), "two.webp": (7, 30), "x/three.tif": (16, 16)})

@@ -286,3 +286,26 @@ def test_a_choice_in_a_list_is_not_taken_for_a_key(page):
     page.press("ArrowRight", shift=True)
     assert split(page) == 50
     assert shown(page)[0] == "gan"
+
+
+@in_browser
+def test_the_checkpoints_of_runs_are_lines_over_the_steps(tmp_path: Path) -> None:
+    report = Report(Measurer(["psnr", "ssg"], 4, "cpu"), {"Set1": 1}, report_images=1)
+    H = photograph(60, 80)
+    labels = {"a_100": 3, "a_20": 2, "b_100": 1}  # the second run has one checkpoint
+    report.add(report.examine("Set1", 0, "one", {label: blurred(H, times) for label, times in labels.items()}, H))
+    report.end_set("Set1", True)
+    steps = {label: {"run": label[0], "step": int(label[2:])} for label in labels}
+    report.write(tmp_path, FACTS, {"models": dict.fromkeys(labels, "x.pth"), "scale": 4, "steps": steps}, 3)
+    with Page((tmp_path / "report.html").as_uri(), tmp_path / "profile") as page:
+        assert texts(page, ".curves figcaption b") == ["PSNR", "SSG"]
+        assert texts(page, "h2 small:has(.key)") == ["a", "b"]
+        lines = page.eval("[...document.querySelectorAll('.curves polyline')].map(e => e.getAttribute('points'))")
+        xs = [[float(point.split(",")[0]) for point in line.split()] for line in lines]
+        assert [len(line) for line in xs] == [2, 1, 2, 1]
+        assert xs[0][0] < xs[0][1] == xs[1][0]  # 20, then 100, where the other run's is too
+        ys = [[float(point.split(",")[1]) for point in line.split()] for line in lines]
+        assert ys[0][1] > ys[0][0] > ys[1][0]  # the more blurred, the lower its PSNR on the screen
+        assert texts(page, ".curves title")[0].startswith("step 20: ")
+        page.eval("document.documentElement.style.width = '360px'")
+        assert page.eval("document.querySelector('.curves').scrollWidth <= 360")
