@@ -1,5 +1,6 @@
 """The loss outside of this repository: copied out, through torch.hub, and every code block of docs/plug_in.md."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -49,12 +50,12 @@ for name in ("utils.utils_option", "models.select_model", "tests.conftest", "mai
     raise SystemExit(f"{name} can be imported: this is not the place of somebody else")
 """
 COPIED = """
-import utils_ssl
+import self_similarity
 from pathlib import Path
 
 here = Path(__file__).resolve().parent
-assert Path(utils_ssl.__file__).resolve().parent == here
-ssl = utils_ssl.SelfSimilarityLoss(**SETTINGS, ssl_mode="auto")
+assert Path(self_similarity.__file__).resolve().parent == here
+ssl = self_similarity.SelfSimilarityLoss(**SETTINGS, ssl_mode="auto")
 print(train_one_step(ssl), ssl.prepare("cpu"))
 if "similarity_cuda" in sys.modules:
     assert Path(sys.modules["similarity_cuda"].__file__).resolve().parent.parent == here
@@ -111,7 +112,7 @@ def copy_op(folder: Path) -> None:
 
 
 def test_loss_and_op_copied_out_train_without_this_repository(their_trainer, expected):
-    shutil.copy(REPOSITORY / "utils" / "utils_ssl.py", their_trainer)
+    shutil.copy(REPOSITORY / "utils" / "utils_ssl.py", their_trainer / "self_similarity.py")
     copy_op(their_trainer)
     loss, mode = loss_and_mode(run(their_trainer, PROGRAM + STEP + COPIED))
     assert loss == pytest.approx(expected, rel=1e-4) != 0  # float32, another form, other threads
@@ -119,13 +120,13 @@ def test_loss_and_op_copied_out_train_without_this_repository(their_trainer, exp
 
 
 def test_loss_copied_out_alone_trains_in_pytorch_and_says_why(their_trainer, expected):
-    shutil.copy(REPOSITORY / "utils" / "utils_ssl.py", their_trainer)
+    shutil.copy(REPOSITORY / "utils" / "utils_ssl.py", their_trainer / "self_similarity.py")
     done = run(their_trainer, PROGRAM + STEP + COPIED)
     loss, mode = loss_and_mode(done)
     assert loss == pytest.approx(expected, rel=1e-4)  # float32, other threads
     assert mode == "boxsum"
-    said = "utils_ssl: self-similarity on cpu: ssl_mode auto takes boxsum (not cpp: No module named 'similarity_cuda')"
-    assert said in done.stderr.splitlines()
+    said = "self-similarity on cpu: ssl_mode auto takes boxsum (not cpp: No module named 'similarity_cuda')"
+    assert f"self_similarity: {said}" in done.stderr.splitlines()
 
 
 # --------------------------------------------------------------------------------------------------------- torch.hub
@@ -185,26 +186,47 @@ def test_hub_refuses_a_misspelt_setting_when_it_loads(entry, arguments):
 # ------------------------------------------------------------------------------------------------------ docs/plug_in.md
 
 DOCUMENT = REPOSITORY / "docs" / "plug_in.md"
-BLOCK = re.compile(r"^## (?P<title>[^\n]+)\n(?:(?!^## ).)*?^```python\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
+SECTION = re.compile(r"^## (?P<title>[^\n]+)\n(?P<text>(?:(?!^## ).)*)", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def code_of(title: str, language: str) -> tuple[str, int]:
+    """-> a section's only block in this language, and the number of lines before it."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    (section,) = (match for match in SECTION.finditer(text) if match["title"] == title)
+    (block,) = (match for match in BLOCK.finditer(section["text"]) if match["language"] == language)
+    return block["code"], text.count("\n", 0, section.start("text") + block.start("code"))
 
 
 def run_block(title: str, monkeypatch) -> dict[str, Any]:
-    """Execute a section's code block, with ``utils_ssl`` importable as where it was copied to; -> its names."""
-    text = DOCUMENT.read_text(encoding="utf-8")
-    (block,) = (match for match in BLOCK.finditer(text) if match["title"] == title)
-    monkeypatch.setitem(sys.modules, "utils_ssl", utils_ssl)
+    """Execute a section's code block, with ``self_similarity`` importable as where it is installed; -> its names."""
+    code, lines_before = code_of(title, "python")
+    monkeypatch.setitem(sys.modules, "self_similarity", utils_ssl)
     torch.manual_seed(0)
-    lines_before = text.count("\n", 0, block.start("code"))  # so that errors name the line of the document
     namespace: dict[str, Any] = {"__name__": "plug_in"}
-    exec(compile("\n" * lines_before + block["code"], str(DOCUMENT), "exec"), namespace)
+    exec(compile("\n" * lines_before + code, str(DOCUMENT), "exec"), namespace)  # errors name the document's line
     return namespace
+
+
+def stand_in(monkeypatch, modules: dict[str, dict[str, Any]]) -> None:
+    """Put modules with these contents in the place of a package."""
+    for name, contents in modules.items():
+        module = types.ModuleType(name)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
 
 
 def test_every_block_of_the_document_is_run_by_a_test_here():
     text = DOCUMENT.read_text(encoding="utf-8")
-    titles = [match["title"] for match in BLOCK.finditer(text)]
-    assert titles == ["A plain loop", "BasicSR", "diffusers", "torch.hub"]
-    assert text.count("```") == 2 * len(titles)
+    found = [
+        (section["title"], block["language"])
+        for section in SECTION.finditer(text)
+        for block in BLOCK.finditer(section["text"])
+    ]
+    titles = ["A plain loop", "BasicSR", "neosr", "traiNNer-redux", "Lightning", "diffusers", "torch.hub"]
+    assert [title for title, language in found if language == "python"] == titles
+    assert [block for block in found if block[1] != "python"] == [("neosr", "toml"), ("traiNNer-redux", "yaml")]
+    assert text.count("```") == 2 * len(found)
 
 
 def test_the_plain_loop_of_the_document_trains_with_the_loss(monkeypatch, capsys):
@@ -252,10 +274,7 @@ def basicsr(monkeypatch) -> dict[str, type]:
         "basicsr.utils": {},
         "basicsr.utils.registry": {"MODEL_REGISTRY": registry},
     }
-    for name, contents in modules.items():
-        module = types.ModuleType(name)
-        vars(module).update(contents)
-        monkeypatch.setitem(sys.modules, name, module)
+    stand_in(monkeypatch, modules)
     return registered
 
 
@@ -273,6 +292,98 @@ def test_the_basicsr_model_of_the_document_trains_and_logs_the_named_terms(monke
     assert model.log_dict["l_ssl_l1"] == pytest.approx(l1.item(), rel=1e-6) != 0
     assert model.log_dict["l_ssl_kl"] == pytest.approx(kl.item(), rel=1e-6) != 0
     assert model.averaged == [0.999]
+
+
+class Registry(dict[str, type]):
+    """What the blocks use of the registries of neosr and traiNNer-redux."""
+
+    def register(self, cls: type | None = None) -> Any:
+        if cls is None:
+            return self.register
+        self[cls.__name__] = cls
+        return cls
+
+
+@pytest.fixture
+def registry(monkeypatch, request) -> Registry:
+    """``LOSS_REGISTRY`` of a stand-in of the package that is the test's parameter."""
+    registry = Registry()
+    package = request.param
+    stand_in(
+        monkeypatch, {package: {}, f"{package}.utils": {}, f"{package}.utils.registry": {"LOSS_REGISTRY": registry}}
+    )
+    return registry
+
+
+def output_and_ground_truth() -> tuple[torch.Tensor, torch.Tensor]:
+    """As their loaders give them: RGB in [0, 1], channels_last."""
+    H = torch.nn.functional.interpolate(torch.rand(2, 3, 6, 6), scale_factor=4)
+    E = (H + 0.1 * torch.randn_like(H)).to(memory_format=torch.channels_last).requires_grad_()
+    return E, H.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("registry", ["neosr"], indirect=True)
+def test_the_neosr_loss_of_the_document_is_built_from_its_option_file_and_has_a_gradient(monkeypatch, registry):
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib; neosr asks for 3.12")
+    run_block("neosr", monkeypatch)
+    options = tomllib.loads(code_of("neosr", "toml")[0])["train"]["ff_opt"]
+    loss = registry[options.pop("type")](**options).to("cpu", memory_format=torch.channels_last, non_blocking=True)
+    E, H = output_and_ground_truth()
+    total = torch.zeros(1)
+    total += loss(E, H)
+    total.backward()
+    assert total.item() == SelfSimilarityLoss(1000, 1000)(E, H).item() > 0
+    assert E.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("registry", ["traiNNer"], indirect=True)
+def test_the_trainner_redux_loss_of_the_document_is_weighted_once_by_old_and_new_models(monkeypatch, registry):
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed: pip install pyyaml")
+    run_block("traiNNer-redux", monkeypatch)
+    (options,) = yaml.safe_load(code_of("traiNNer-redux", "yaml")[0])["train"]["losses"]
+    loss = registry[options.pop("type")](**options).to("cpu", memory_format=torch.channels_last, non_blocking=True)
+    E, H = output_and_ground_truth()
+    old = loss(E, H)
+    new = loss(E, H) * abs(loss.loss_weight)
+    new.backward()
+    assert old.item() == new.item() == SelfSimilarityLoss(1000, 1000)(E, H).item() > 0
+    assert E.grad.abs().max() > 0
+
+
+class LightningModule(torch.nn.Module):
+    """What the block uses of Lightning's class of this name."""
+
+    device = torch.device("cpu")
+
+    def log_dict(self, logged: dict[str, torch.Tensor]) -> None:
+        self.logged = logged
+
+
+def test_the_lightning_module_of_the_document_trains_and_logs_the_named_terms(monkeypatch):
+    if importlib.util.find_spec("lightning") is None:
+        stand_in(monkeypatch, {"lightning": {"LightningModule": LightningModule}})
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 12, 3, padding=1), torch.nn.PixelShuffle(2))
+    before = net[0].weight.detach().clone()
+    H = torch.nn.functional.interpolate(torch.rand(2, 3, 6, 6), scale_factor=4)
+    batch = (torch.nn.functional.avg_pool2d(H, 2), H)
+    module = run_block("Lightning", monkeypatch)["SuperResolution"](net)
+    assert not any(name.startswith("ssl") for name in module.state_dict())
+    if isinstance(module, LightningModule):
+        optimizer = module.configure_optimizers()
+        module.on_fit_start()
+        loss = module.training_step(batch, 0)
+        loss.backward()
+        optimizer.step()
+        logged = module.logged
+        assert loss.item() == pytest.approx(sum(logged.values()).item(), rel=1e-5)  # float32
+    else:
+        quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+        trainer = importlib.import_module("lightning").Trainer(accelerator="cpu", max_steps=1, **quiet)
+        trainer.fit(module, torch.utils.data.DataLoader([batch], batch_size=None))
+        logged = trainer.logged_metrics
+    assert list(logged) == ["l_pix", "l_ssl_l1", "l_ssl_kl"]
+    assert all(value > 0 for value in logged.values())
+    assert not torch.equal(net[0].weight, before)
 
 
 def test_the_diffusers_loop_of_the_document_trains_on_images_in_0_to_1(monkeypatch):
