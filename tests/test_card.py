@@ -67,7 +67,7 @@ def test_the_header_says_what_it_takes_to_use_the_file(work: Workplace) -> None:
     network = json.loads(average["network"])
     assert (network["scale"], network["n_channels"], network["netG"]["net_type"]) == (4, 3, "srvgg_compact")
     assert (average["task"], average["step"], average["license"]) == ("run", "2", "CC-BY-4.0")
-    assert {*json.loads(average["validation"])["test"]} == {"psnr", "ssim"}
+    assert {*json.loads(average["validation"])["test"]} == {"psnr", "ssim", "ssg"}
     assert "validation" not in current  # the average was validated
     assert average["options_sha256"] == current["options_sha256"]
     assert len(average["options_sha256"]) == 64

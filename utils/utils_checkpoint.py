@@ -435,7 +435,9 @@ def save_network(network: nn.Module, path: str | Path) -> Fingerprint:
 
 def save_safetensors(network: nn.Module, path: str | Path, header: Mapping[str, str]) -> Fingerprint:
     """Write a network's weights and a text for each key of ``header``; see :func:`save_atomically`."""
-    weights = {key: value.detach().cpu().contiguous() for key, value in unwrap(network).state_dict().items()}
+    # Copies: the format knows neither layouts nor weights that two layers share, as SPSR's do.
+    state = unwrap(network).state_dict()
+    weights = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
     content = save(weights, metadata=dict(header))
     return _write(path, lambda file: file.write(content))
 
