@@ -82,7 +82,7 @@ def _saved_options(checkpoint: Path) -> dict[str, Any] | None:
         saved = json.loads(strip_comments(files[-1].read_text(encoding="utf-8")))
         picked = {name: saved[name] for name in ("scale", "n_channels", "netG")}
         picked |= {name: saved[name] for name in ("diffusion", "autoencoder") if saved.get("diffusion")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{files[-1]}: these are not a run's options ({error!r}); give the network with --opt"
         ) from error

@@ -1,6 +1,7 @@
 """Checkpoints: reading any published layout without running code, and writing without ever leaving half a file."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import io
@@ -103,11 +104,11 @@ def load_checkpoint_file(path: str | Path, expected: Fingerprint | None = None) 
             # torch judges names by their suffix
             with path.open("rb") if content is None else io.BytesIO(content) as file:
                 return torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise DamagedError(f"{path}: cannot be read: {error.strerror or error}") from error
     except MemoryError as error:
         raise UserError(f"{path}: the memory is too small for it") from error
     except Exception as error:  # a damaged file makes torch raise almost anything
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is torch's seeking in a file cut short
+            raise DamagedError(f"{path}: cannot be read: {error.strerror or error}") from error
         why = what_is(path) or "cannot be read, it is damaged or no checkpoint"
         raise DamagedError(f"{path}: {why}") from error
 

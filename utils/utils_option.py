@@ -182,9 +182,14 @@ def _fields_at(location: tuple[Any, ...]) -> Iterable[str]:
     return section.model_fields if hasattr(section, "model_fields") else ()
 
 
+# Where a key is looked for that stands in the wrong section.
+_PLACES: tuple[tuple[str, ...], ...] = ((), ("train",), ("datasets", "train"), ("path",), ("test",))
+
+
 def _nearest(name: Any, valid: Iterable[str]) -> str:
     lower = {v.lower(): v for v in valid if v not in ("is_train", "unused")}
-    near = difflib.get_close_matches(str(name).lower(), lower, 1, cutoff=0.6)
+    ends = [v for v in lower if len(str(name)) > 5 and v.endswith(f"_{str(name).lower()}")]  # batch_size
+    near = ends if len(ends) == 1 else difflib.get_close_matches(str(name).lower(), lower, 1, cutoff=0.6)
     return f"did you mean {lower[near[0]]!r}?" if near else f"valid are: {', '.join(sorted(lower.values()))}"
 
 
@@ -200,6 +205,9 @@ def _explain(error: Any) -> str:
     if kind == "value_error":
         return f"{key}: {error['ctx']['error']}"
     if kind == "extra_forbidden":
+        there = next((place for place in _PLACES if location[-1] in _fields_at(place)), None)
+        if there is not None and location[-1] not in ("is_train", "unused"):
+            return f"{key}: unknown key; did you mean {'.'.join((*there, location[-1]))!r}?"
         return f"{key}: unknown key; {_nearest(location[-1], _fields_at(location[:-1]))}"
     if kind == "missing":
         return f"{key}: is required and missing"
