@@ -123,7 +123,7 @@ def _read(path: Path) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key, value in pairs:
             if key in result:
-                raise UserError(f"{path}: the key {key!r} stands twice in one section: remove one")
+                raise UserError(f"{path}: the key {_shortened(key)!r} stands twice in one section: remove one")
             result[key] = value
         return result
 
@@ -235,6 +235,10 @@ def _explain(error: Any) -> str:
     return f"{key}: {message[0].lower() + message[1:]}, not {json.dumps(given, default=str)}"
 
 
+def _shortened(text: str) -> str:
+    return text if len(text) < 800 else f"{text[:500]} ... {text[-200:]}"
+
+
 def _validate(cls: type[Any], raw: dict[str, Any], source: str) -> Any:
     try:
         return cls.model_validate(raw)
@@ -243,7 +247,7 @@ def _validate(cls: type[Any], raw: dict[str, Any], source: str) -> Any:
         # A wrong value in a union is reported once per branch; the first line says it all for one key.
         found = list({line.split(":")[0]: line for line in reversed(found)}.values())[::-1]
         more = f" (and {len(found) - 1} more: {', '.join(f.split(':')[0] for f in found[1:4])})" if found[1:] else ""
-        raise UserError(f"{source}: {found[0]}{more}") from None
+        raise UserError(f"{source}: {_shortened(found[0])}{more}") from None
 
 
 # -------------------------------------------------------------------------------------------------------- resolving
