@@ -35,12 +35,15 @@ test: $(VENV)/.installed-dev
 test-all: $(VENV)/.installed-dev
 	$(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal -m "long or not long" $(PYTEST)
 
-# The oldest versions that requirements.txt allows, in an environment of their own.
+# The oldest versions that requirements.txt allows, in an environment of their own: PYTHON=python3.10
 OLDEST = $(VENV)-oldest
+OLDEST_TESTS = blindsr checkpoint fuzz image kill main_test names option prepare realesrgan ssl step strangers tiff \
+	train wrong_inputs
 test-oldest:
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-oldest.txt
-	$(OLDEST)/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST)
+	$(OLDEST)/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST) \
+		$(OLDEST_TESTS:%=tests/test_%.py)
 
 # Style, types, and whether the generated schema is the one of the code.
 check: $(VENV)/.installed-dev

@@ -45,7 +45,7 @@ _WRITTEN = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 IMAGE_SUFFIXES = (
     *_WRITTEN,
     *(".jpe", ".jfif", ".dib", ".gif", ".apng", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
-    *((".avif",) if features.check("avif") else ()),
+    *((".avif",) if "avif" in features.modules and features.check("avif") else ()),  # older ones warn of the question
     *((".jp2", ".j2k") if features.check("jpg_2000") else ()),
 )
 _PILLOWS = ("WEBP", "GIF", "AVIF")  # what Pillow decodes, and not OpenCV
