@@ -1,6 +1,6 @@
 # make demo   install, prepare, train, test: a small system from nothing to a table
 # make demo-dm  the same with a diffusion model
-# make test   install, run the tests
+# make test   install, run the tests; test-all: the long ones too; test-oldest: with the oldest libraries
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
@@ -11,7 +11,7 @@ GAN ?=
 # The control: all else is the same.
 WITHOUT_SSL = task=demo_gan train.ssl_l1_weight=0 train.ssl_kl_weight=0
 
-.PHONY: demo demo-dm test check schema
+.PHONY: demo demo-dm test test-all test-oldest check schema
 
 demo: $(VENV)/.installed
 	$(RUN) main_prepare_data.py demo
@@ -30,6 +30,20 @@ demo-dm: $(VENV)/.installed-extra
 PYTEST ?=
 test: $(VENV)/.installed-dev
 	$(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST)
+
+# And what takes many minutes: many kills, many examples.
+test-all: $(VENV)/.installed-dev
+	$(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal -m "long or not long" $(PYTEST)
+
+# The oldest versions that requirements.txt allows, in an environment of their own: PYTHON=python3.10
+OLDEST = $(VENV)-oldest
+OLDEST_TESTS = blindsr checkpoint fuzz image kill main_test names option prepare realesrgan ssl step strangers tiff \
+	train wrong_inputs
+test-oldest:
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-oldest.txt
+	$(OLDEST)/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST) \
+		$(OLDEST_TESTS:%=tests/test_%.py)
 
 # Style, types, and whether the generated schema is the one of the code.
 check: $(VENV)/.installed-dev

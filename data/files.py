@@ -206,6 +206,8 @@ def _ranked_by_table(opt: DatasetOptions, problems: list[str]) -> list[_Ranked]:
         if not (image and model and value and folder.is_dir()):  # main_test.py measures bicubic, but saves no images
             continue
         path = folder / (image if image.lower().endswith((*IMAGE_SUFFIXES, RAW_SUFFIX)) else f"{image}.png")
+        if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(table.parent)):
+            raise UserError(f"{table}: {path} lies outside of the table's folder; write names below it")
         if not path.is_file():
             path = names_in(folder).get(image, path)
         if not path.is_file():

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from evaluation.metrics import ssg_maps
 from utils.utils_error import UserError
-from utils.utils_image import imread_uint, uint2tensor4
+from utils.utils_image import imread_uint, uint2tensor4, write_file
 from utils.utils_name import output_path
 from utils.utils_ssl import edge_mask, self_similarity_graph
 
@@ -47,10 +48,9 @@ def _matplotlib() -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
-    try:
-        figure.savefig(path, dpi=160, facecolor="white")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    content = BytesIO()
+    figure.savefig(content, format="png", dpi=160, facecolor="white")
+    write_file(content.getvalue(), str(path))
 
 
 # ------------------------------------------------------------------------------------------------------------ graphs

@@ -85,7 +85,7 @@ def _saved_options(checkpoint: Path) -> dict[str, Any] | None:
     try:
         saved = json.loads(strip_comments(files[-1].read_text(encoding="utf-8")))
         return {**network_of(saved), "is_train": False}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{files[-1]}: these are not a run's options ({error!r}); give the network with --opt"
         ) from error

@@ -17,6 +17,7 @@ from main_test import main as main_test
 from models.autoencoder import KLAutoencoder, PixelSpace, VQAutoencoder, define_autoencoder, vq_in_diffusers_names
 from models.select_network import define_G
 from tests.conftest import photograph
+from tests.test_strangers import TRAPS, Trap
 from tests.tiny_sd import write_tiny_sd
 from utils.utils_error import UserError
 from utils.utils_image import imread_uint, imsave
@@ -424,6 +425,15 @@ def test_a_missing_or_foreign_file_ends_in_one_line(published: PublishedVQ, tmp_
     ):
         torch.save(weights, path)
         refused(lambda: VQAutoencoder(str(path)), r"autoencoder\.path: .*other\.pth holds no VQ autoencoder")
+
+
+def test_weights_of_a_folder_that_are_no_safetensors_run_no_code(settings: dict[str, Any], tmp_path: Path) -> None:
+    build(settings).model.save_pretrained(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    for make in TRAPS.values():
+        (tmp_path / "diffusion_pytorch_model.bin").write_bytes(make(Trap(tmp_path / "trap")))
+        refused(lambda: build(settings, path=str(tmp_path)), r"autoencoder\.path: .* cannot be read")
+        assert not (tmp_path / "trap").exists()
 
 
 def test_a_damaged_folder_ends_in_one_line(settings: dict[str, Any], tmp_path: Path) -> None:

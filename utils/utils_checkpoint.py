@@ -1,6 +1,7 @@
 """Checkpoints: reading any published layout without running code, and writing without ever leaving half a file."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import io
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from utils.utils_error import UserError
 from utils.utils_ncnn import is_ncnn, load_ncnn
-from utils.utils_pickle import HARMLESS, what_is
+from utils.utils_pickle import HARMLESS, inflates, what_is
 
 logger = logging.getLogger(__name__)
 
@@ -105,17 +106,21 @@ def load_checkpoint_file(path: str | Path, expected: Fingerprint | None = None) 
         except (SafetensorError, OSError) as error:
             raise DamagedError(f"{path}: cannot be read, it is damaged or no safetensors file ({error})") from error
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
-            # torch wonders about foreign pickles in a warning of several lines; the error below says it in one.
-            warnings.simplefilter("ignore")
-            # torch judges names by their suffix
-            with path.open("rb") if content is None else io.BytesIO(content) as file:
+        # torch judges names by their suffix
+        with path.open("rb") if content is None else io.BytesIO(content) as file:
+            if why := inflates(file):
+                raise DamagedError(f"{path}: {why}")
+            with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
+                # torch wonders about foreign pickles in a warning of several lines; the error below says it in one.
+                warnings.simplefilter("ignore")
                 return torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise DamagedError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except DamagedError:
+        raise
     except MemoryError as error:
         raise UserError(f"{path}: the memory is too small for it") from error
     except Exception as error:  # a damaged file makes torch raise almost anything
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is torch's seeking in a file cut short
+            raise DamagedError(f"{path}: cannot be read: {error.strerror or error}") from error
         text = path.with_suffix(".param")
         of_ncnn = f"weights alone; name {text.name}, which says of what" if text.is_file() and is_ncnn(text) else None
         why = of_ncnn or what_is(path) or "cannot be read, it is damaged or no checkpoint"
@@ -168,16 +173,27 @@ def load_state_dict(
     if part is not None:
         others += [key for key in parts if key != part]
         chosen, weights = part, parts[part]
-    foreign = [key for key, value in weights.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
+    foreign = [key for key, value in weights.items() if not (isinstance(key, str) and _is_plain(value))]
     if foreign or not weights:
         found = ", ".join(map(str, foreign[:3])) or "nothing"
         raise UserError(f"{path}: expected weights by name or one of {', '.join(_WEIGHT_KEYS)}, found {found}")
+    claimed = sum(value.nbytes for value in weights.values())
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in weights.values()}
+    if claimed > _SHARED * sum(storages.values()):
+        raise UserError(f"{path}: refused, its weights repeat {sum(storages.values()):,} bytes as {claimed:,}")
     if others and param_key is None:
         what = "the average" if _is_average(chosen) else "the weights"
         _say_once(
             f"{path}: takes {what} {chosen!r} and leaves {', '.join(map(str, others))}; --param_key names another"
         )
     return weights
+
+
+_SHARED = 4  # names for one tensor, as tied weights have, on average; strides of 0 would make networks of any size
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.layout, value.device.type) == (torch.strided, "cpu")
 
 
 @functools.lru_cache(maxsize=64)

@@ -27,12 +27,12 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from PIL import Image, ImageOps, PngImagePlugin, features
 from scipy.io import loadmat, savemat, whosmat
-from scipy.io.matlab import MatReadError
 from scipy.sparse import csr_array
 
 from utils import utils_lmdb
 from utils.utils_error import UserError, check_regular
 from utils.utils_icc import foreign_profile
+from utils.utils_lmdb import MAX_FILE
 from utils.utils_npy import RAW_SUFFIX, decode_npy, encode_npy, is_npy, map_npy, npy_facts
 from utils.utils_png import GRAY, GRAY_ALPHA, encode_png, png_chunks, png_kind
 from utils.utils_tiff import TiffFacts, is_tiff, read_tiff, tiff_facts, upright
@@ -45,7 +45,7 @@ _WRITTEN = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 IMAGE_SUFFIXES = (
     *_WRITTEN,
     *(".jpe", ".jfif", ".dib", ".gif", ".apng", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
-    *((".avif",) if features.check("avif") else ()),
+    *((".avif",) if "avif" in features.modules and features.check("avif") else ()),  # older ones warn of the question
     *((".jp2", ".j2k") if features.check("jpg_2000") else ()),
 )
 _PILLOWS = ("WEBP", "GIF", "AVIF")  # what Pillow decodes, and not OpenCV
@@ -205,6 +205,8 @@ def read_file(path: str) -> NDArray[np.uint8]:
     if _is_raw(path):
         _check_pixels(prod(npy_facts(path).shape[:2]), path)
     try:
+        if (size := os.path.getsize(path)) > MAX_FILE:
+            raise UserError(f"{path} has {size / 2**30:,.0f} GiB, more than the {MAX_FILE >> 30} that images may have")
         return np.fromfile(path, dtype=np.uint8)  # cv2.imread cannot open every path on Windows
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -538,14 +540,17 @@ def open_mask(path: str) -> Array:
         content = read_file(path).tobytes()
         _check_unpacked(content, path)
         try:
-            for name, shape, _ in whosmat(BytesIO(content)):
+            for name, shape, kind in whosmat(BytesIO(content)):
                 if name == "mat":
                     _check_pixels(prod(shape), path)
+                    if not re.fullmatch(r"u?int\d+|single|double|logical", kind):  # cells nest, sparse ones grow
+                        raise _no_mask(path)
             mask: Array = loadmat(BytesIO(content), variable_names=["mat"])["mat"]
         except KeyError as error:
             raise UserError(f'{path} has no variable "mat": write the edge mask under that name') from error
-        # scipy meets a damaged file with whatever its parser stumbled over
-        except (OSError, ValueError, TypeError, NotImplementedError, EOFError, MatReadError) as error:
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:  # scipy meets a damaged file with whatever its parser stumbled over
             raise UserError(f"{path} cannot be read as a MATLAB file: make the edge mask again") from error
     else:
         mask = open_image(path, n_channels=1)[..., 0]

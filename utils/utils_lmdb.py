@@ -12,6 +12,7 @@ from typing import Any
 from utils.utils_error import UserError, check_regular
 
 META = "meta_info.txt"
+MAX_FILE = 1 << 32  # bytes of an image's file; the largest images that are read have 2 GiB
 _open: dict[str, Any] = {}  # this process's, by folder
 _opening = threading.Lock()  # LMDB opens a folder once a process
 
@@ -69,11 +70,13 @@ def read_lmdb(folder: str, key: str) -> bytes:
             except lmdb.Error as error:
                 raise UserError(f"{folder} cannot be opened as LMDB ({error}): pack it again") from error
             _open[folder] = env
-    with env.begin() as transaction:
+    with env.begin(buffers=True) as transaction:
         value = transaction.get(key.encode(errors="surrogateescape"))
-    if value is None:
-        raise UserError(f"{folder} holds nothing under the key {key!r}, though {META} names it: pack it again")
-    return value
+        if value is None:
+            raise UserError(f"{folder} holds nothing under the key {key!r}, though {META} names it: pack it again")
+        if len(value) > MAX_FILE:
+            raise UserError(f"{folder}: {key!r} has {len(value) / 2**30:,.0f} GiB, more than images may have")
+        return bytes(value)
 
 
 def close_all() -> None:

@@ -105,10 +105,10 @@ def check_output(output: Path, inputs: Sequence[str], roots: Sequence[str], name
             of the ``names`` leads out of it.
     """
     remedy = "give another folder for the results"
+    for parent in [output.absolute(), *output.absolute().parents]:
+        if os.path.lexists(parent) and not parent.is_dir():
+            raise UserError(f"{output}: {parent} is a {'link to nowhere' if parent.is_symlink() else 'file'}; {remedy}")
     folder = output.resolve()
-    for parent in [folder, *folder.parents]:
-        if parent.exists() and not parent.is_dir():
-            raise UserError(f"{output}: {parent} is a file; {remedy}")
     identities: dict[Path, tuple[int, int] | None] = {}
 
     def identity(place: Path) -> tuple[int, int] | None:

@@ -123,7 +123,7 @@ def _read(path: Path) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key, value in pairs:
             if key in result:
-                raise UserError(f"{path}: the key {key!r} stands twice in one section: remove one")
+                raise UserError(f"{path}: the key {_shortened(key)!r} stands twice in one section: remove one")
             result[key] = value
         return result
 
@@ -182,9 +182,14 @@ def _fields_at(location: tuple[Any, ...]) -> Iterable[str]:
     return section.model_fields if hasattr(section, "model_fields") else ()
 
 
+# Where a key is looked for that stands in the wrong section.
+_PLACES: tuple[tuple[str, ...], ...] = ((), ("train",), ("datasets", "train"), ("path",), ("test",))
+
+
 def _nearest(name: Any, valid: Iterable[str]) -> str:
     lower = {v.lower(): v for v in valid if v not in ("is_train", "unused")}
-    near = difflib.get_close_matches(str(name).lower(), lower, 1, cutoff=0.6)
+    ends = [v for v in lower if len(str(name)) > 5 and v.endswith(f"_{str(name).lower()}")]  # batch_size
+    near = ends if len(ends) == 1 else difflib.get_close_matches(str(name).lower(), lower, 1, cutoff=0.6)
     return f"did you mean {lower[near[0]]!r}?" if near else f"valid are: {', '.join(sorted(lower.values()))}"
 
 
@@ -200,6 +205,9 @@ def _explain(error: Any) -> str:
     if kind == "value_error":
         return f"{key}: {error['ctx']['error']}"
     if kind == "extra_forbidden":
+        there = next((place for place in _PLACES if location[-1] in _fields_at(place)), None)
+        if there is not None and location[-1] not in ("is_train", "unused"):
+            return f"{key}: unknown key; did you mean {'.'.join((*there, location[-1]))!r}?"
         return f"{key}: unknown key; {_nearest(location[-1], _fields_at(location[:-1]))}"
     if kind == "missing":
         return f"{key}: is required and missing"
@@ -227,6 +235,10 @@ def _explain(error: Any) -> str:
     return f"{key}: {message[0].lower() + message[1:]}, not {json.dumps(given, default=str)}"
 
 
+def _shortened(text: str) -> str:
+    return text if len(text) < 800 else f"{text[:500]} ... {text[-200:]}"
+
+
 def _validate(cls: type[Any], raw: dict[str, Any], source: str) -> Any:
     try:
         return cls.model_validate(raw)
@@ -235,7 +247,7 @@ def _validate(cls: type[Any], raw: dict[str, Any], source: str) -> Any:
         # A wrong value in a union is reported once per branch; the first line says it all for one key.
         found = list({line.split(":")[0]: line for line in reversed(found)}.values())[::-1]
         more = f" (and {len(found) - 1} more: {', '.join(f.split(':')[0] for f in found[1:4])})" if found[1:] else ""
-        raise UserError(f"{source}: {found[0]}{more}") from None
+        raise UserError(f"{source}: {_shortened(found[0])}{more}") from None
 
 
 # -------------------------------------------------------------------------------------------------------- resolving

@@ -5,6 +5,7 @@ put beside weights. None of the real classes is handed to it: each has a stand-i
 dictionaries and forgets the rest, so that nothing that a file says can call into another library.
 """
 
+import io
 import math
 import pickle
 import re
@@ -206,6 +207,40 @@ class _Look(pickle._Unpickler):
     def persistent_load(self, what: Any) -> Any:
         # torch's older files name the classes of networks so, ("module", class, source), else numbers.
         return what[1] if isinstance(what, tuple) and len(what) > 1 and what[0] == "module" else _Unknown()
+
+
+_MAX_PICKLE = 1 << 24  # bytes, of the names and shapes of a file of weights
+# What torch's reader allows, and what makes memory of a number.
+_BY_NUMBER = re.compile(rb"c(builtins|__builtin__)\nbytearray\n|ctorch(\.cuda)?(\.sparse)?\n\w+Tensor\n")
+
+
+def inflates(file: IO[bytes]) -> str:
+    """Why reading a file takes far more memory than it has bytes, told before any of it is taken; "" if it does not."""
+    size, is_zip = file.seek(0, io.SEEK_END), not file.seek(0) and file.read(4) == b"PK\3\4"
+    why, asks = "", "refused, it asks for memory by a number"
+    file.seek(0)
+    if is_zip:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                members = archive.infolist()
+                unpacked = sum(member.file_size for member in members)
+                pickles = [member for member in members if member.filename.endswith("data.pkl")]
+                if any(member.filename.endswith("/constants.pkl") for member in members):
+                    pass  # TorchScript, refused by what it is
+                elif unpacked > size or any(member.file_size > _MAX_PICKLE for member in pickles):
+                    why = f"refused, {size:,} bytes unpack to {unpacked:,}, as in no file of torch.save"
+                elif any(_BY_NUMBER.search(archive.read(member)) for member in pickles):
+                    why = asks
+        except Exception:  # a damaged file makes it raise almost anything
+            why = "cannot be read, it is damaged or no checkpoint"
+    else:
+        before = b""
+        while piece := file.read(1 << 20):
+            if _BY_NUMBER.search(before + piece):
+                why = asks
+            before = piece[-64:]
+    file.seek(0)
+    return why
 
 
 _MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # torch.save before its ZIP files begins with a pickle of this number

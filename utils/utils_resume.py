@@ -40,6 +40,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        seal = _seal(content) if isinstance(content, dict) else ""
     except FileNotFoundError:
         raise DamagedError(f"no {path.name}") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -47,7 +48,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DamagedError(f"{path.name}: holds no JSON object")
     # A changed name of a key must not make it pass for a file of before.
-    if content.keys() & {"sha256", "run", "files"} and content.get("sha256") != _seal(content):
+    if content.keys() & {"sha256", "run", "files"} and content.get("sha256") != seal:
         raise DamagedError(f"{path.name}: is not what was written, its SHA-256 is another")
     return content
 
@@ -78,7 +79,7 @@ def read_run(models: Path) -> Run:
         try:
             content = read_sealed(path)
             return Run(str(content["run"]), int(content["saved"]), float(content["bare_upto"]))
-        except (DamagedError, KeyError, TypeError, ValueError) as error:
+        except (DamagedError, KeyError, OverflowError, TypeError, ValueError) as error:
             logger.warning("%s: passed over (%s)", path, error)
     newest, oldest, run = 0, math.inf, ""
     for step in saved_steps(models):
@@ -114,7 +115,7 @@ def read_state(models: Path, step: int, run: Run) -> dict[str, Any]:
         raise DamagedError(f"{path.name}: is of another run ({state.get('run')}, this is {run.run})")
     try:
         state["files"] = {name: Fingerprint(int(f["size"]), str(f["sha256"])) for name, f in state["files"].items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise DamagedError(f"{path.name}: lists no files ({error!r})") from error
     return state
 

@@ -32,6 +32,7 @@ def pack_lmdb(inputs: Sequence[str], output: Path, are_masks: bool, workers: int
     """
     if output.suffix != ".lmdb":
         raise UserError(f"--output {output}: the name of an LMDB folder ends in .lmdb")
+    import_lmdb()  # before anything is written
     paths = (get_mask_paths if are_masks else get_image_paths)(list(inputs))
     # Keys stand in meta_info.txt, a line each, and other programs read them as UTF-8.
     names = [printable(name) for name in output_names(paths, inputs)]

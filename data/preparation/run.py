@@ -270,15 +270,17 @@ def check_settings(command: str, settings: Mapping[str, Any], inputs: Sequence[s
                 f"{output}: holds files that were not prepared by this program; give a new folder or empty it"
             ) from None
         return
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{output / SETTINGS}: cannot be read ({error}); give a new folder") from error
+    if not (isinstance(before, dict) and isinstance(before.get("settings"), dict)):
+        raise UserError(f"{output / SETTINGS}: holds no settings; give a new folder")
     now = _description(command, settings, inputs)
     if before == now:
         return
     if before.get("command") != command:
         difference = f"{before.get('command')}, not {command}"
     else:
-        old = {"input": before.get("input"), **before.get("settings", {})}
+        old = {"input": before.get("input"), **before["settings"]}
         new = {"input": now["input"], **now["settings"]}
         key = next(key for key in {**old, **new} if old.get(key) != new.get(key))
         difference = f"{key} {_shown(old.get(key))}, not {_shown(new.get(key))}"
@@ -448,8 +450,9 @@ class _Journal:
         self._records: dict[str, Mapping[str, Any]] = {}
         self._files: dict[str, set[str]] = defaultdict(set)
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError):  # the last line, cut short; its file is made again
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                # the last line, cut short, or somebody's; its file is made again
+                with suppress(ValueError, KeyError, TypeError, RecursionError):
                     self._remember(json.loads(line))
 
     def _remember(self, record: Mapping[str, Any]) -> None:
