@@ -119,7 +119,7 @@ def export(args: Namespace) -> list[Path]:
     for format in args.format:
         usual = "fp16" if format == "ncnn" else "fp32"
         precision = args.precision or usual
-        netG = model.netG if precision == "fp32" else copy.deepcopy(model.netG).half().float()
+        netG = model.netG if precision == "fp32" else _rounded(model.netG, kernels_alone=format == "ncnn")
         jobs[format] = _Job(model, netG, precision == "fp16", tuple(args.size) if args.size else None)
         name = safe_name(label if precision == usual else f"{label}_{precision}")
         files[format] = [name + suffix for suffix in _SUFFIXES[format]]
@@ -142,6 +142,17 @@ def export(args: Namespace) -> list[Path]:
         logger.info("%s: %s", final[one.name], one.said)
     logger.info("%s: a card; %s: for OpenModelDB, to complete", *(final[name] for name in about))
     return [*final.values()]
+
+
+def _rounded(netG: nn.Module, kernels_alone: bool) -> nn.Module:
+    """A copy whose weights are numbers of float16; ncnn's are so in the kernels alone, not in biases and slopes."""
+    netG = copy.deepcopy(netG)
+    if not kernels_alone:
+        return netG.half().float()
+    for weight in netG.parameters():
+        if weight.ndim == 4:
+            weight.copy_(weight.half())
+    return netG
 
 
 def _make(format: str, job: _Job, files: list[Path]) -> Made:
