@@ -33,6 +33,21 @@ def network_of(options: Options | Mapping[str, Any]) -> dict[str, Any]:
     return {name: values[name] for name in needed}
 
 
+def header_of(network: Mapping[str, Any]) -> dict[str, str]:
+    """What a header says of any network, trained here or not: how to build it, by :func:`network_of`."""
+    value_range = "RGB or gray in [0, 1], N x C x H x W"
+    return {"format": _FORMAT, "network": to_json(network), "value_range": value_range}
+
+
+def training_of(checkpoint: Path) -> dict[str, str]:
+    """What the header of a checkpoint, or of the ``.safetensors`` file beside it, says of its training; {} without."""
+    for path in (checkpoint, checkpoint.with_suffix(".safetensors")):
+        header = read_header(path)
+        if header.get("format") == _FORMAT:
+            return {key: value for key, value in header.items() if key not in ("format", "network", "value_range")}
+    return {}
+
+
 def save_with_cards(
     generators: Mapping[str, nn.Module],
     opt: Options,
@@ -50,10 +65,7 @@ def save_with_cards(
         UserError: a file cannot be written.
     """
     resolved = opt.model_dump(exclude={"unused", "is_train"})
-    card = {
-        "format": _FORMAT,
-        "network": to_json(network_of(opt)),
-        "value_range": "RGB or gray in [0, 1], N x C x H x W",
+    card = header_of(network_of(opt)) | {
         "task": opt.task,
         "step": str(step),
         "options_sha256": hashlib.sha256(to_json(resolved, sort_keys=True).encode()).hexdigest(),

@@ -93,7 +93,7 @@ class _GroupwiseAttention(nn.Module):
                 q, v = v.chunk(2, dim=-1)
                 queries.append(q)
             # Shared are the queries and not, as published, the softmax of their products: so these need not be stored.
-            y = _image(F.scaled_dot_product_attention(queries[n], queries[n], v, scale=1.0), size, len(x))
+            y = _image(F.scaled_dot_product_attention(queries[n], queries[n], v, scale=1.0), size, x.shape[0])
             outputs.append(torch.roll(y, (size // 2, size // 2), (2, 3)) if self.shifted else y)
         return self.project_out(torch.cat(outputs, dim=1)), queries
 
@@ -174,7 +174,10 @@ class ELAN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h, w = x.shape[-2:]
-        x = extend(x, h + -h % self.size_multiple, w + -w % self.size_multiple)
+        multiple = self.size_multiple
+        # So exporters see that all windows divide it, and need no remainder of what is negative, which others round up.
+        height, width = ((side + multiple - 1) // multiple * multiple for side in (h, w))
+        x = extend(x, height, width)
         shallow = self.head((x - self.mean) * self.img_range)
         deep = shallow
         for block in self.body.children():

@@ -34,7 +34,9 @@ def extend(x: Tensor, height: int, width: int, repeat_edge: bool = False) -> Ten
     for dim, size in ((2, height), (3, width)):
         if size > x.shape[dim]:
             turn = 2 * x.shape[dim] - (1 if repeat_edge else 2)
-            index = torch.arange(size, device=x.device) % max(turn + repeat_edge, 1)
+            # A tensor: ONNX's exporter knows the remainder of no number that depends on the image's size.
+            period = torch.full((1,), max(turn + repeat_edge, 1), device=x.device)
+            index = torch.arange(size, device=x.device) % period
             x = x.index_select(dim, torch.minimum(index, turn - index))
     return x
 

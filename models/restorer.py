@@ -78,17 +78,34 @@ def _saved_options(checkpoint: Path) -> dict[str, Any] | None:
     """What building the generator needs, by the file itself or the newest options of its run; None without either."""
     if card := card_of(checkpoint):
         return card
+    found = run_options(checkpoint)
+    if found is None:
+        return None
+    file, saved = found
+    try:
+        return {**network_of(saved), "is_train": False}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _no_options(file, error) from error
+
+
+def run_options(checkpoint: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest option file of the run that a checkpoint lies in, and what it holds; None without one.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     run = run_folder(checkpoint)
     files = sorted((run / "options").glob("*.json")) if run else []
     if not files:
         return None
     try:
-        saved = json.loads(strip_comments(files[-1].read_text(encoding="utf-8")))
-        return {**network_of(saved), "is_train": False}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{files[-1]}: these are not a run's options ({error!r}); give the network with --opt"
-        ) from error
+        return files[-1], json.loads(strip_comments(files[-1].read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _no_options(files[-1], error) from error
+
+
+def _no_options(file: Path, error: Exception) -> UserError:
+    return UserError(f"{file}: these are not a run's options ({error!r}); give the network with --opt")
 
 
 # ResShift's published models: the steps they were trained with -> min_noise_level. Their weights say neither.

@@ -21,7 +21,7 @@ FLOORS = [
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # model_*.py and what puts together what is below: a training step each, and the choice of one.
-STEPS = ("model_", "select_model", "restorer")
+STEPS = ("model_", "select_model", "restorer", "export")
 
 
 def room_of(module: str) -> str | None:

@@ -39,6 +39,8 @@ SLIPS = {
     "main_prepare_data check": "--opt",
     "main_prepare_data check --opt no_such_file.json": "no such option file",
     "main_show_ssg no_such_image.png": "no such image",
+    "main_export --model_path x.pth --format onxn": "onnx",
+    "main_export --model_path x.pth --format pth --size 4 4": "--size",
 }
 HELP = [
     *(f"{script} --help" for script in SCRIPTS),
@@ -111,6 +113,7 @@ def test_openmp_is_told_how_to_wait_before_any_script_imports_torch(tmp_path):
     commands = [f"{script} --opt {file}" for script, file in TRAIN.items()]
     commands += [TEST, f"main_test --model_path x.pth --input {tmp_path}", f"main_show_ssg {tmp_path / 'a.png'}"]
     commands += [f"main_prepare_data {command} --input {tmp_path} --output o" for command in ("modcrop", "lmdb")]
+    commands += ["main_export --model_path x.pth --format pth"]
     commands += ["main_prepare_data demo", f"main_prepare_data check --H {tmp_path}"]
     assert {command.split()[0] for command in commands} == {*SCRIPTS} - {"main_download_pretrained_models"}
     assert in_one_process(ASKS, commands) == dict.fromkeys(commands, "PASSIVE")

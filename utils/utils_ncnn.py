@@ -6,9 +6,9 @@ ncnn itself is not needed. A file is taken for one of them where all that it com
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from utils.utils_error import UserError
 
-_MAGIC = "7767517"
+MAGIC = "7767517"
 _LONGEST = 2**22  # bytes of a .param; that of RRDBNet of 23 blocks has 116,029
-_FLOAT16 = 0x01306B47  # before an array of weights; 0 stands before float32, and others before quantised ones
+FLOAT16 = 0x01306B47  # before an array of weights; 0 stands before float32, and others before quantised ones
 
 
 class _UnknownError(ValueError):
@@ -28,7 +28,7 @@ class _UnknownError(ValueError):
 def is_ncnn(path: Path) -> bool:
     """By its content, whatever it is called."""
     with path.open("rb") as file:
-        return file.read(8).split() == [_MAGIC.encode()]
+        return file.read(8).split() == [MAGIC.encode()]
 
 
 def load_ncnn(path: Path) -> tuple[dict[str, Tensor], str | None]:
@@ -60,6 +60,14 @@ def load_ncnn(path: Path) -> tuple[dict[str, Tensor], str | None]:
 # ------------------------------------------------------------------------------------------------- what is computed
 
 
+class Operations(Protocol):
+    """What a network is described with: done one after the other; an expression is called by a number."""
+
+    def __call__(self, kind: str, *of: float | str) -> int: ...
+
+    def sum(self, *terms: tuple[int, float]) -> int: ...
+
+
 class _Expressions:
     """What is computed of an image, a number for each: two are equal where they do the same with the same weights."""
 
@@ -82,7 +90,7 @@ class _Expressions:
         return number
 
 
-def _rrdbnet(of: _Expressions, blocks: int, factors: list[float]) -> int:
+def rrdbnet(of: Operations, blocks: int, factors: Sequence[float]) -> int:
     """The result of ``models/network_rrdbnet.py``; convolutions are numbered in their order."""
     numbers = itertools.count()
 
@@ -105,13 +113,14 @@ def _rrdbnet(of: _Expressions, blocks: int, factors: list[float]) -> int:
     return conv(conv(x), leaky=False)
 
 
-def _rrdbnet_layers(blocks: int, upsamplings: int) -> list[str]:
+def rrdbnet_layers(blocks: int, upsamplings: int) -> list[str]:
+    """BasicSR's names of these convolutions, in their order."""
     dense = itertools.product(range(blocks), range(1, 4), range(1, 6))
     body = [f"body.{block}.rdb{rdb}.conv{n}" for block, rdb, n in dense]
     return ["conv_first", *body, "conv_body", *(f"conv_up{n + 1}" for n in range(upsamplings)), "conv_hr", "conv_last"]
 
 
-def _compact(of: _Expressions, activations: int, scale: int) -> int:
+def compact(of: Operations, activations: int, scale: int) -> int:
     """The result of ``models/network_srvgg.py`` with PReLU."""
     x = of("image")
     for n in range(activations):
@@ -131,12 +140,12 @@ def _network(program: "_Program") -> tuple[list[str], int]:
         raise _UnknownError("is another network")
     if program.slopes:
         scale = math.isqrt(len(convs[-1]) // max(1, convs[0].shape[1]))
-        result = _compact(of, program.slopes, scale)
+        result = compact(of, program.slopes, scale)
         layers = [f"body.{n}" for n in range(2 * program.slopes + 1)]
     else:
         blocks, upsamplings = divmod(len(convs) - 4, 15)
-        result = _rrdbnet(of, blocks, program.factors[:upsamplings])
-        layers = _rrdbnet_layers(blocks, upsamplings)
+        result = rrdbnet(of, blocks, program.factors[:upsamplings])
+        layers = rrdbnet_layers(blocks, upsamplings)
     if result not in program.blobs.values():
         raise _UnknownError("is another network")
     has_bias = [not (program.slopes and n % 2) for n in range(len(layers))]  # slopes have none
@@ -164,7 +173,7 @@ def _layers(path: Path) -> Iterator[_Layer]:
         raise _UnknownError(f"is longer than {_LONGEST:,} bytes")
     lines = path.read_text(encoding="utf-8").splitlines()
     count = int(lines[1].split()[0])
-    if lines[0].strip() != _MAGIC or count != sum(1 for line in lines[2:] if line.strip()):
+    if lines[0].strip() != MAGIC or count != sum(1 for line in lines[2:] if line.strip()):
         raise ValueError("its lines are not those that it announces")
     for line in lines[2 : 2 + count]:
         kind, _, inputs, outputs, *words = line.split()
@@ -199,7 +208,7 @@ class _Weights:
         tag = int(self._take(4).view("<u4")[0])
         if tag == 0:
             return self.floats(count)
-        if tag != _FLOAT16:
+        if tag != FLOAT16:
             raise _UnknownError(f"has quantised weights (0x{tag:08X})")
         padded = self._take(-(-2 * count // 4) * 4)
         return torch.from_numpy(padded.view("<f2")[:count].astype(np.float32))
