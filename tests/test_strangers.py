@@ -14,8 +14,8 @@
 | TensorBoard's events | ``read_scalars`` |
 
 No archive is unpacked (ZIP, tar: torch's older files among them); YAML and ONNX are not read; ncnn's files, which hold
-numbers alone, are in test_ncnn.py. LMDB itself trusts ``data.mdb``: one that was made to harm can end the process. Links
-are followed where a user's folders hold them.
+numbers alone, are in test_ncnn.py. LMDB itself trusts ``data.mdb``: one that was made to harm can end the process.
+Links are followed where a user's folders hold them.
 What damaged files of a kind are told is with that kind: test_checkpoint.py, test_image.py, test_tiff.py, test_names.py.
 """
 

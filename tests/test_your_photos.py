@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import main_export
 import main_prepare_data
 import main_test
 from models.network_rrdbnet import RRDBNetBasicSR
@@ -67,8 +68,11 @@ def test_the_way_from_photographs_to_an_upscaler_can_be_gone(folder: Path) -> No
         elif script == "main_train_gan.py":
             small = [f"{key}={value}" for key, value in SMALL.items()]
             train(*training_command(None, ["gan", "spsr"], [*arguments, *small]))
+        elif script == "main_export.py":
+            main_export.main(arguments)
         else:
             main_test.main([argument.replace("20000_E", "2_E") for argument in arguments])
     assert (folder / "results" / "judge" / "report.html").is_file()
     assert {path.parent.parent.name for path in (folder / "results" / "small").rglob("0.png")} == {"before", "after"}
     assert [path.name for path in (folder / "results" / "final").rglob("0.png")] == ["0.png"]
+    assert {path.suffix for path in (folder / "exported").iterdir()} >= {".safetensors", ".param", ".bin"}
