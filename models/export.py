@@ -6,6 +6,7 @@ network here does, and only then take their names.
 
 import copy
 import logging
+import math
 import warnings
 from argparse import Namespace
 from collections.abc import Callable
@@ -216,7 +217,8 @@ def _cost(job: _Job, E: Tensor | None = None) -> str:
     full, half = (x[0].permute(1, 2, 0).clamp(0, 1).mul(255).numpy() for x in pair)
     psnr = calculate_psnr(full, half)
     if not psnr >= _FAITHFUL:
-        raise UserError(f"half precision is too coarse for this network: {psnr:.1f} dB to fp32; give --precision fp32")
+        found = "its image is not finite" if math.isnan(psnr) else f"{psnr:.1f} dB to fp32"
+        raise UserError(f"half precision is too coarse for this network: {found}; give --precision fp32")
     return f"; PSNR to fp32 {psnr:.1f} dB"
 
 
