@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from utils.utils_checkpoint import Fingerprint, read_header, save_safetensors
+from utils.utils_checkpoint import Fingerprint, read_header, save_safetensors, unwrap
 from utils.utils_error import UserError
 from utils.utils_option import Options
 from utils.utils_run import run_facts, to_json
@@ -77,7 +77,7 @@ def save_with_cards(
     for name, network in generators.items():
         path = folder / f"{step}_{name}.safetensors"
         scores = {"validation": to_json(validation)} if name == judged and validation else {}
-        written[path.name] = save_safetensors(network, path, card | scores)
+        written[path.name] = save_safetensors(unwrap(network).state_dict(), path, card | scores)
     return written
 
 

@@ -19,7 +19,6 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from models.card import header_of, network_of, training_of
@@ -30,7 +29,7 @@ from models.network_spandrel import SpandrelNetwork
 from models.network_srvgg import SRVGGNetCompact
 from models.restorer import Restorer, load_restorer, run_folder, run_options
 from models.sampler import DiffusionSampler
-from utils.utils_checkpoint import save_atomically
+from utils.utils_checkpoint import save_atomically, save_safetensors
 from utils.utils_error import UserError
 from utils.utils_image import calculate_psnr, uint2tensor4
 from utils.utils_name import output_path, safe_name
@@ -72,11 +71,11 @@ class _Job:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """By the names that other programs know, each with memory of its own, in the precision of the file."""
+        """By the names that other programs know, in the precision of the file."""
         weights = published_weights(self.netG) or self.netG.state_dict()
         dtype = torch.float16 if self.half else torch.float32
         return {
-            name: value.detach().to(dtype if value.is_floating_point() else value.dtype).contiguous().clone()
+            name: value.detach().to(dtype if value.is_floating_point() else value.dtype)
             for name, value in weights.items()
         }
 
@@ -235,7 +234,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _safetensors(job: _Job, path: Path) -> str:
-    path.write_bytes(save(job.weights, job.header))
+    save_safetensors(job.weights, path, job.header)
     return _in_spandrel(job, path)
 
 

@@ -3,6 +3,7 @@
 import struct
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -66,9 +67,11 @@ def write_ncnn(path: Path, description: Callable[[Operations], int], weights: Se
     path.with_suffix(".bin").write_bytes(b"".join(writer.arrays))
 
 
+@dataclass
 class _Layer:
-    def __init__(self, kind: str, inputs: list[int], settings: str) -> None:
-        self.kind, self.inputs, self.settings = kind, inputs, settings
+    kind: str
+    inputs: list[int]
+    settings: str
 
 
 class _Writer:

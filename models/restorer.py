@@ -148,12 +148,17 @@ class Step(NamedTuple):
 
     run: str  # the name of the run in tables
     step: int
-    spec: str  # for :func:`load_restorer`
+    path: Path
 
     @property
     def label(self) -> str:
         """Its own name in tables."""
-        return labelled(self.spec)[0]
+        return f"{self.run}_{self.step}"
+
+    @property
+    def spec(self) -> str:
+        """What :func:`load_restorer` takes."""
+        return f"{self.label}={self.path}"
 
 
 def steps_of(spec: str) -> list[Step]:
@@ -169,7 +174,7 @@ def steps_of(spec: str) -> list[Step]:
         raise UserError(f"--all_steps: {path} is no run's folder with checkpoints, {{iter}}_E.pth or {{iter}}_G.pth")
     run = label or run_name(path)
     steps = reversed(saved_steps(models, network))
-    return [Step(run, step, f"{run}_{step}={models / f'{step}_{network}.pth'}") for step in steps]
+    return [Step(run, step, models / f"{step}_{network}.pth") for step in steps]
 
 
 # What decides over the result and is not told by the weights of a network.

@@ -86,12 +86,13 @@ def validation_measurer(opt: Options, device: torch.device) -> Measurer:
     Raises:
         UserError: a metric is of whole sets, or the one that the best are chosen by cannot be had here.
     """
-    names = choose(dict.fromkeys([*opt.test.validation, best_by(opt)]))
+    best = best_by(opt)
+    names = choose([*opt.test.validation, best])
     if of_sets := [name for name in names if METRICS[name].needs == "set"]:
         raise UserError(f"test.validation: {of_sets[0]} is of whole sets, main_test.py measures it; leave it out")
     measurer = Measurer(names, opt.scale, device)
-    if best_by(opt) in measurer.missing:
-        raise UserError(f"train.checkpoint_best_by: {best_by(opt)} cannot be had: {measurer.missing[best_by(opt)]}")
+    if best in measurer.missing:
+        raise UserError(f"train.checkpoint_best_by: {best} cannot be had: {measurer.missing[best]}")
     return measurer
 
 

@@ -449,12 +449,11 @@ def save_network(network: nn.Module, path: str | Path) -> Fingerprint:
     return save_atomically(weights, path)
 
 
-def save_safetensors(network: nn.Module, path: str | Path, header: Mapping[str, str]) -> Fingerprint:
-    """Write a network's weights and a text for each key of ``header``; see :func:`save_atomically`."""
+def save_safetensors(weights: Mapping[str, Tensor], path: str | Path, header: Mapping[str, str]) -> Fingerprint:
+    """Write weights by name and a text for each key of ``header``; see :func:`save_atomically`."""
     # Copies: the format knows neither layouts nor weights that two layers share, as SPSR's do.
-    state = unwrap(network).state_dict()
-    weights = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
-    content = save(weights, metadata=dict(header))
+    copies = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in weights.items()}
+    content = save(copies, metadata=dict(header))
     return _write(path, lambda file: file.write(content))
 
 

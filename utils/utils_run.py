@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def run_facts(device: torch.device | None = None) -> dict[str, str]:
     }
 
 
+@cache  # a process goes on with the code that it began with, whatever is checked out meanwhile
 def _git_commit() -> str:
     """The commit of this project, with ``-dirty`` where files differ from it; "unknown" outside a git checkout."""
     root = Path(__file__).resolve().parent.parent
