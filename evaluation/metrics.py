@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from models.loss import color_loss
 from models.loss_metric import LearnedMetric
 from models.network_feature import socket_timeout
 from utils.utils_error import UserError
@@ -111,6 +112,7 @@ _OWN: dict[str, Callable[[Picture, Picture, int], float]] = {
     "ssim_y": lambda E, H, border: calculate_ssim(_luma(E), _luma(H), border),
     "psnr_y8": lambda E, H, border: calculate_psnr(_luma8(E), _luma8(H), border),
     "ssim_y8": lambda E, H, border: calculate_ssim(_luma8(E), _luma8(H), border),
+    "color": lambda E, H, border: 255 * float(color_loss(_as_input(E, border, "cpu"), _as_input(H, border, "cpu"))),
 }
 
 

@@ -85,6 +85,21 @@ def pixel_loss(kind: str, charbonnier_eps: float = 1e-9) -> nn.Module:
             raise UserError(f"train.G_lossfn_type: {kind!r} is unknown, expected l1, l2, l2sum, charbonnier or ssim")
 
 
+_COLOR_SIDE = 16  # pixels that are averaged; texture is finer than this, a tint is not
+
+
+def color_loss(E: Tensor, H: Tensor) -> Tensor:
+    """How far the colours of E are from H's where only areas count: two ``(N, C, H, W)`` of one range -> a scalar.
+
+    The L1 distance of their averages over 16 x 16 pixels, each 8 from the next, or over the whole of a smaller image.
+    A GAN may shift or tint areas, which neither the discriminator nor features forbid much; what lies within an area,
+    texture, this loss leaves to it. Zero for equal averages whatever the detail.
+    """
+    difference = E.to(torch.promote_types(E.dtype, torch.float32)) - H
+    side = [min(_COLOR_SIDE, length) for length in difference.shape[-2:]]
+    return F.avg_pool2d(difference, side, stride=_COLOR_SIDE // 2).abs().mean()
+
+
 class PerceptualLoss(nn.Module):
     """Weighted sum over layers of the mean distance of VGG19 features (arXiv 1603.08155, before ReLU: 1809.00219).
 

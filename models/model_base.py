@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from models.card import check_start, save_with_cards
-from models.loss import PerceptualLoss, pixel_loss
+from models.loss import PerceptualLoss, color_loss, pixel_loss
 from models.loss_metric import metric_loss
 from models.loss_systems import RankLoss, artifact_loss, back_projection_loss, best_buddy_loss
 from models.network_spsr import GradientMap, SPSROutput
@@ -592,6 +592,8 @@ class ModelSR(ModelBase):
             terms["ldl"] = train.ldl_weight * artifact_loss(E, self.H, E_ema)
         if train.best_buddy_weight > 0:
             terms["best_buddy"] = train.best_buddy_weight * best_buddy_loss(E, self.H)
+        if train.color_weight > 0:
+            terms["color"] = train.color_weight * color_loss(E, self.H)
         if train.back_projection_weight > 0:
             terms["back_projection"] = train.back_projection_weight * back_projection_loss(E, self.L)
         if self.rank is not None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.loss import CharbonnierLoss, GANLoss, PerceptualLoss, SSIMLoss, pixel_loss, ssim
+from models.loss import CharbonnierLoss, GANLoss, PerceptualLoss, SSIMLoss, color_loss, pixel_loss, ssim
 from tests.golden_numbers import Tensors, golden
 from utils.utils_error import UserError
 
@@ -216,3 +216,50 @@ def test_perceptual_loss_takes_one_layer_and_weight_and_one_channel() -> None:
 def test_perceptual_loss_names_the_option_that_is_wrong(arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         PerceptualLoss(**arguments, features=doubling())
+
+
+# ----------------------------------------------------------------------------------------------------------- colours
+
+
+def test_a_tint_is_its_own_size_as_a_colour_loss() -> None:
+    H = torch.rand(2, 3, 40, 52, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tint = torch.tensor([0.1, -0.04, 0.01], dtype=torch.float64).view(3, 1, 1)
+    torch.testing.assert_close(color_loss(H + tint, H).item(), 0.05, **FLOAT64)
+    assert color_loss(H, H) == 0
+
+
+def test_texture_is_no_colour() -> None:
+    rows, columns = torch.meshgrid(torch.arange(48), torch.arange(48), indexing="ij")
+    checkers = ((rows + columns) % 2 - 0.5).expand(1, 3, -1, -1)
+    assert color_loss(0.5 + 0.2 * checkers, torch.full((1, 3, 48, 48), 0.5)).item() < 1e-7  # float32 near 0.5
+
+
+def test_tints_of_two_areas_do_not_cancel_in_the_colour_loss() -> None:
+    H = torch.full((1, 3, 32, 64), 0.5)
+    E = H.clone()
+    E[..., :32] += 0.1
+    E[..., 32:] -= 0.1
+    # 7 places along the width; the middle one of them sees both halves.
+    assert color_loss(E, H).item() == pytest.approx(0.1 * 6 / 7, rel=1e-5)  # float32
+
+
+def test_the_colour_loss_pulls_all_pixels_of_an_area_alike() -> None:
+    E = leaf(torch.full((1, 1, 16, 16), 0.6))
+    color_loss(E, torch.full((1, 1, 16, 16), 0.5)).backward()
+    assert E.grad is not None
+    torch.testing.assert_close(E.grad, torch.full_like(E, 1 / 256))
+
+
+def test_the_colour_loss_of_half_precision_is_taken_in_float32() -> None:
+    H = torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    E = (H + 0.003).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = color_loss(E, H)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, color_loss(E.float(), H))
+
+
+@pytest.mark.parametrize("size", [(5, 40), (40, 5), (3, 3)])
+def test_the_colour_loss_takes_images_smaller_than_its_areas(size: tuple[int, int]) -> None:
+    H = torch.zeros(1, 3, *size)
+    assert color_loss(H + 0.25, H).item() == pytest.approx(0.25)

@@ -107,6 +107,14 @@ def test_what_an_image_is_too_small_for_is_nan(side, measured):
     assert [name for name, value in values.items() if not math.isnan(value)] == measured
 
 
+def test_colour_drift_is_in_levels_and_leaves_out_the_border():
+    H = np.clip(photograph(40, 44), 0, 240)
+    E = H + np.uint8(6)
+    E[:4] = 0
+    assert values_of(E, H, 4, ["color"])["color"] == pytest.approx(6, rel=1e-5)  # float32
+    assert values_of(E[..., 0], H[..., 0], 4, ["color"])["color"] == pytest.approx(6, rel=1e-5)
+
+
 def test_images_of_different_sizes_are_not_compared():
     with pytest.raises(ValueError, match="different shapes"):
         values_of(photograph(20, 20), photograph(20, 21))

@@ -163,6 +163,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 # What a system adds is off in all the others.
 OFF = {"gradient_weight": 0, "branch_weight": 0, "gradient_D_lossfn_weight": 0, "rank_weight": 0, "ldl_weight": 0}
 OFF |= {"best_buddy_weight": 0, "back_projection_weight": 0, "region_aware": False, "rank_published": False}
+OFF |= {"color_weight": 0}
 
 
 @pytest.mark.parametrize("suffix", ["", "_ssl"])

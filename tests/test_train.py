@@ -23,6 +23,7 @@ from torch import nn
 
 from data import dataset_blindsr as blindsr
 from evaluation.metrics import Measurer
+from models.loss import color_loss
 from models.model_base import ModelBase
 from models.model_gan import ModelGAN
 from tests.conftest import REPOSITORY, photograph
@@ -848,19 +849,21 @@ def test_every_pixel_loss_does_a_step_and_is_weighted(work: Workplace, kind: str
 
 
 def test_each_term_is_its_weight_times_its_loss(work: Workplace) -> None:
-    model, batch = work.model(*GAN, "train.G_lossfn_weight=3", "train.D_lossfn_weight=0.7"), work.batch()
+    weighted = ("train.G_lossfn_weight=3", "train.D_lossfn_weight=0.7", "train.color_weight=2")
+    model, batch = work.model(*GAN, *weighted), work.batch()
     model.feed_data(batch)
     with torch.no_grad():
         E = model.netG(model.L)
         D_loss = (model.netD(E) - 1).square().mean()  # lsgan
     terms = {name: t.item() for name, t in (model.fidelity_terms(E) | model.shown).items()}
     assert terms["G_loss"] == pytest.approx(3 * (E - batch["H"]).abs().mean().item(), rel=1e-6)  # float32 rounding
+    assert terms["color"] == pytest.approx(2 * color_loss(E, batch["H"]).item(), rel=1e-6)
     assert model.ssl is not None
     model.ssl.l1_weight = model.ssl.kl_weight = 1.0
     _, l1, kl = model.ssl.parts(E, batch["H"])
     assert terms["ssl"] == pytest.approx(50 * (l1 + kl).item(), rel=1e-6)
     assert model.shown["ssl_l1"].item() == pytest.approx(50 * l1.item(), rel=1e-6)
-    model = work.model(*GAN, "train.G_lossfn_weight=3", "train.D_lossfn_weight=0.7")
+    model = work.model(*GAN, *weighted)
     step(model, batch, 1)
     assert model.current_log()["D_loss"] == pytest.approx(0.7 * D_loss.item(), rel=1e-5)
 

@@ -61,6 +61,9 @@ METRICS = {
         library="",
         smallest=13,  # more than half of the search area
     ),
+    "color": Metric(
+        "COLOR", "mean difference of averages over 16 x 16 pixels, in levels of 255: drift", False, ".3f", library=""
+    ),
     "stlpips": _learned("ST-LPIPS", "learned distance that tolerates shifts, AlexNet", "", 21),
     "stlpips_vgg": _learned("ST-LPIPS-VGG", "learned distance that tolerates shifts, VGG16", "", 18),
     "lpips": _learned("LPIPS", "learned perceptual distance, AlexNet, v0.1", "torchmetrics", 31),
@@ -87,7 +90,7 @@ GROUPS = {
     "default": _DEFAULT,
     "paper": ("psnr_y", "ssim_y", "ssg", "lpips", "dists", "fid", "niqe", "musiq", "clipiqa", "maniqa"),
     # What needs no download.
-    "offline": (*_DEFAULT, "stlpips", "stlpips_vgg", "ms_ssim", "fsim", "gmsd", "vif", "nlpd", "mad", "piqe"),
+    "offline": (*_DEFAULT, "color", "stlpips", "stlpips_vgg", "ms_ssim", "fsim", "gmsd", "vif", "nlpd", "mad", "piqe"),
 }
 
 

@@ -179,7 +179,7 @@ class PathOptions(Section):
 
 
 # The names and groups of utils_metric_table.
-_OwnMetric = Literal["psnr", "ssim", "psnr_y", "ssim_y", "psnr_y8", "ssim_y8", "ssg"]
+_OwnMetric = Literal["psnr", "ssim", "psnr_y", "ssim_y", "psnr_y8", "ssim_y8", "ssg", "color"]
 _OfflineMetric = Literal["ms_ssim", "fsim", "gmsd", "vif", "nlpd", "mad", "piqe"]
 _LossMetric = Literal["stlpips", "stlpips_vgg", "lpips", "lpips_vgg", "dists"]
 _LearnedMetric = Literal["fid", "niqe", "musiq", "clipiqa", "maniqa"]
@@ -282,6 +282,12 @@ class TrainOptions(Section):
 
     iqa_weights: IQAWeights = Field(IQAWeights(), description="metrics as losses: the weight of each")
     lpips_weight: Weight = Field(0.0, description="another name for iqa_weights.lpips_vgg; 0 = off")
+
+    color_weight: Weight = Field(
+        0.0,
+        description="L1 between averages of E and H over 16 x 16 pixels, against colours that drift in a GAN; of no "
+        "published recipe; 0 = off",
+    )
 
     gan_type: Literal["gan", "ragan", "ragan_basicsr", "lsgan", "wgan", "softplusgan"] = Field(
         "gan",
