@@ -1101,3 +1101,16 @@ def test_keys_without_meaning_are_named_once(work: Workplace) -> None:
     assert process.returncode == 0, err
     assert out.count("merge_bn") == 1
     assert "\r" not in out + err  # no progress bar where there is no terminal
+
+
+def test_a_gans_numbers_are_two_rows_of_a_terminal_and_a_line_of_the_log_in_one_order(work: Workplace, capsys) -> None:
+    work.run(*GAN, "train.D_init_iters=2")
+    said = capsys.readouterr().out.splitlines()
+    starts = [number for number, line in enumerate(said) if re.match(r"step \d/4 ", line)]
+    rows = [said[number + 1].split()[::2] for number in starts]
+    assert rows == [["D_real", "D_fake"]] * 2 + [["G_loss", "ssl", "D_loss", "D_real", "D_fake"]] * 2
+    assert all(len(said[number]) <= 80 and len(said[number + 1]) <= 80 for number in starts)
+    names = [line.partition(" | ")[2].split()[::2] for line in work.log().splitlines() if " | " in line]
+    details = ["D_fake", "D_grad", "D_real", "G_grad", "l_d_fake", "l_d_real", "ssl_kl", "ssl_l1"]
+    of_D = [name for name in details if "G" not in name and "ssl" not in name]
+    assert names == [of_D] * 2 + [["G_loss", "ssl", "D_loss", *details]] * 2

@@ -19,6 +19,10 @@ logger = logging.getLogger(__name__)
 tqdm.set_lock(threading.RLock())
 
 
+# How what is no weighted loss ends: parts of one, the discriminators' logits and their losses, norms of gradients.
+_DETAILS = ("_l1", "_kl", "_real", "_fake", "_grad")
+
+
 def duration(seconds: float) -> str:
     """``h:mm:ss``, with days in front where there are any."""
     minutes, second = divmod(int(seconds), 60)
@@ -76,7 +80,11 @@ class Progress:
         return means
 
     def report(self, means: dict[str, float], lr: float, device: torch.device) -> None:
-        """One line: step, time left, learning rate, data and step time, every weighted loss; and TensorBoard."""
+        """Step, time left, learning rate, data and step time, the numbers of the model; and TensorBoard.
+
+        One line with all of it in the log file; on the terminal two rows, the second with the weighted losses and what
+        the discriminator says, which fit into 80 columns for most systems.
+        """
         self.scalars("train", {"lr": lr, **means})
         means = dict(means)
         data_time, step_time = means.pop("data_time"), means.pop("step_time")
@@ -85,10 +93,16 @@ class Progress:
             speed = (time.perf_counter() - self._begin) / (self.step - self.first)
             left = f"/{self.last} {100 * self.step / self.last:.0f}% eta {duration(speed * (self.last - self.step))}"
         memory = f" mem {torch.cuda.max_memory_allocated(device) / 2**30:.1f}G" if device.type == "cuda" else ""
-        losses = " ".join(f"{name} {value:.3g}" for name, value in means.items())
-        logger.info(
-            f"step {self.step}{left} lr {lr:.2e} data {data_time:.3f}s step {step_time:.3f}s{memory} | {losses}"
-        )
+        head = f"step {self.step}{left} lr {lr:.2e} data {data_time:.3f}s step {step_time:.3f}s{memory}"
+        # Sorted: which of them comes first depends on the step, while the discriminator trains alone for example.
+        details = sorted(name for name in means if name.endswith(_DETAILS))
+        losses = [name for name in means if name not in details]
+
+        def numbers(*names: str) -> str:
+            return " ".join(f"{name} {means[name]:.3g}" for name in names if name in means)
+
+        rows = f"{head}\n  {numbers(*losses, 'D_real', 'D_fake')}"
+        logger.info(f"{head} | {numbers(*losses, *details)}", extra={"terminal": rows})
 
     def scalars(self, prefix: str, values: dict[str, float]) -> None:
         """Numbers for TensorBoard."""

@@ -1,5 +1,6 @@
 """Where a run's words go: the terminal, beside a progress bar, and a file."""
 
+import copy
 import logging
 import logging.handlers
 import sys
@@ -17,6 +18,16 @@ class _Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), keep="\n")
+
+
+class _TerminalFormatter(_Formatter):
+    """Takes what a record says for the terminal, ``extra={"terminal": text}``, where that is not what files get."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        if text := getattr(record, "terminal", None):
+            record = copy.copy(record)
+            record.msg, record.args = text, None
+        return super().format(record)
 
 
 class _TerminalHandler(logging.Handler):
@@ -41,7 +52,7 @@ def setup(log_file: Path | None = None, quiet: bool = False) -> None:
     root.setLevel(logging.WARNING if quiet else logging.INFO)
     if not quiet and not any(isinstance(h, _TerminalHandler) for h in root.handlers):
         terminal = _TerminalHandler()
-        terminal.setFormatter(_Formatter("%(message)s"))
+        terminal.setFormatter(_TerminalFormatter("%(message)s"))
         root.addHandler(terminal)
     if not quiet and log_file is None and not any(isinstance(h, logging.handlers.MemoryHandler) for h in root.handlers):
         # What is said before a run has its folder (what was resumed, loaded, ignored) belongs into its file too.
