@@ -51,13 +51,16 @@ def _side(name: str) -> Side:
 
 
 def _check_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError where Adam's state is not of its parameters; torch would find out in the middle of a step."""
+    """Raise ValueError where its state is not of its parameters; torch would find out in the middle of a step."""
+    adam = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state: dict[str, Any] = optimizer.state.get(parameter) or {}
-            for name in ("exp_avg", "exp_avg_sq") if state else ():
+            # Of other optimizers nothing is known but that what has sides is of the parameter.
+            moments = [name for name, value in state.items() if isinstance(value, Tensor) and value.ndim]
+            for name in ("exp_avg", "exp_avg_sq") if state and adam else moments:
                 found = state.get(name)
-                if not isinstance(found, Tensor) or found.shape != parameter.shape or "step" not in state:
+                if not isinstance(found, Tensor) or found.shape != parameter.shape or (adam and "step" not in state):
                     shape = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else "missing"
                     raise ValueError(f"{name} of a weight of shape {tuple(parameter.shape)} is {shape}")
 
@@ -171,9 +174,20 @@ class ModelBase:
 
     def _optimizer(self, name: str, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         settings = self.opt.train.optimizer(_side(name))
-        kind = torch.optim.AdamW if settings.type == "adamw" else torch.optim.Adam
         trained = [p for p in parameters if p.requires_grad]
-        return kind(trained, lr=settings.lr, betas=settings.betas, weight_decay=settings.wd, fused=True)
+        wanted: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.wd}
+        if settings.betas:
+            wanted["betas"] = settings.betas
+        if settings.type in ("adam", "adamw"):
+            return (torch.optim.AdamW if settings.type == "adamw" else torch.optim.Adam)(trained, fused=True, **wanted)
+        try:
+            from timm.optim import create_optimizer_v2
+        except ImportError:
+            raise UserError(
+                f"train.{_side(name)}_optimizer_type: {settings.type} needs the package timm; "
+                f"python -m pip install -r requirements-extra.txt"
+            ) from None
+        return create_optimizer_v2(trained, opt=settings.type, filter_bias_and_bn=False, **wanted)
 
     # --------------------------------------------------------------------------------------------------- checkpoints
 

@@ -56,8 +56,20 @@ def test_a_comment_starts_outside_strings_only(text: str, value: str) -> None:
     assert json.loads(strip_comments(text)) == {"a": value}
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a": [1, "x, ]"]}',
+        '{"a": [1, "x, ]",],}',
+        '{"a": [1, "x, ]" , // the last\n  // "y"\n  ],\n  // "b": 2\n}',
+    ],
+)
+def test_a_comma_before_a_bracket_is_no_mistake(text: str) -> None:
+    assert json.loads(strip_comments(text)) == {"a": [1, "x, ]"]}
+
+
 def test_blanking_comments_moves_no_character() -> None:
-    text = '{\n  "a": 1, // one\n  "b": "//" // two\n}'
+    text = '{\n  "a": 1, // one\n  "b": "//", // two\n}'
     stripped = strip_comments(text)
     assert [len(line) for line in stripped.split("\n")] == [len(line) for line in text.split("\n")]
     assert stripped.index('"b"') == text.index('"b"')
@@ -67,7 +79,7 @@ def test_blanking_comments_moves_no_character() -> None:
     ("text", "line", "column"),
     [
         ('{\n  "task": "t", // comment\n  "scale" 4\n}', 3, 11),
-        ('{"task": "t",}', 1, 13),
+        ('{"task": "t",,}', 1, 13),
         ('{\n"task": "t\n}', 2, 10),
         ("", 1, 1),
         ('// only\n// comments\n{"a": 1} x', 3, 10),
@@ -106,7 +118,9 @@ SLIPS = {
     "bare_text": (BASE.replace('"gan"', "gan"), 2, "stand in double quotes"),
     "no_comma": (BASE.replace('"gan",', '"gan"'), 2, "put a comma before it"),
     "no_colon": (BASE.replace('"scale":', '"scale"'), 2, "put a colon before it"),
-    "trailing_comma": (BASE.replace("1.0", "1.0,"), 6, "remove the comma before the bracket"),
+    "trailing_commas": (BASE.replace("1.0", "1.0,,"), 6, "remove one comma"),
+    "trailing_commas_of_a_list": (BASE.replace("1.0", "[1.0,,]"), 6, "remove one comma"),
+    "only_a_comma": (BASE.replace("1.0", "{,}"), 6, "remove one comma"),
     "comma_first": (BASE.replace("{", "{,", 1), 1, "remove one comma"),
     "two_commas": (BASE.replace('"gan",', '"gan",,'), 2, "remove one comma"),
     "no_quote": (BASE.replace('"gan"', '"gan'), 2, "stand in double quotes"),
@@ -577,8 +591,16 @@ WRONG = [
     (["train.G_optimizer_betas=[0.9]"], "train.G_optimizer_betas", "at least 2"),
     (["train.G_optimizer_betas=[0.9, 1.0]"], "train.G_optimizer_betas", "[0, 1)"),
     (["train.G_optimizer_type=sgd"], "train.G_optimizer_type", "adam"),
+    (["train.G_optimizer_betas=[0.9, 0.9, 0.9]"], "train.G_optimizer_betas", "adam takes 2"),
+    (["train.D_optimizer_type=adan", "train.D_optimizer_betas=[0.9, 0.9]"], "train.D_optimizer_betas", "adan takes 3"),
     (["train.G_scheduler_type=StepLR"], "train.G_scheduler_type", "MultiStepLR"),
     (["train.G_scheduler_type=CosineAnnealingLR"], "train.iterations", "required"),
+    (["train.D_scheduler_type=CosineAnnealingLR"], "train.iterations", "required"),
+    (
+        ["train.D_scheduler_type=CosineAnnealingLR", "train.D_scheduler_warmup=4", "train.iterations=4"],
+        "train.D_scheduler_warmup",
+        "must be more",
+    ),
     (["train.G_scheduler_milestones=5"], "train.G_scheduler_milestones", "valid list"),
     (["train.D_update_ratio=0"], "train.D_update_ratio", "greater than or equal to 1"),
     (["train.kernel_size_search=24"], "train.kernel_size_search", "odd"),
@@ -681,14 +703,20 @@ def test_several_mistakes_are_counted_in_one_line(base: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_each_side_has_its_optimizer(base: Path) -> None:
-    cosine = ["train.G_scheduler_type=CosineAnnealingLR", "train.iterations=12", "train.G_scheduler_warmup=2"]
-    train = parse(base, overrides=[*cosine, "train.D_optimizer_lr=4", "train.D_scheduler_milestones=[5, 9]"]).train
-    D, G = train.optimizer("D"), train.optimizer("G")
-    assert [D.lr_at(step) for step in (1, 4, 5, 8, 9)] == [4, 4, 2, 2, 1]  # gamma is 0.5
-    assert (D.warmup, D.cosine_end, G.cosine_end, G.clipgrad) == (0, None, 12, None)
-    assert [G.lr_at(step) / G.lr for step in (1, 2, 7, 12)] == pytest.approx([0.5, 1, 0.5, 0])
-    assert train.optimizer("R").lr == 1e-3
+@pytest.mark.parametrize("side", ["G", "D", "R"])
+def test_each_side_has_its_optimizer_and_schedule(base: Path, side: str) -> None:
+    cosine = [f"train.{side}_scheduler_type=CosineAnnealingLR", "train.iterations=12"]
+    cosine += [f"train.{side}_scheduler_warmup=2", f"train.{side}_optimizer_lr=4", f"train.{side}_scheduler_eta_min=1"]
+    train = parse(base, overrides=cosine).train
+    schedule = train.optimizer(side)  # type: ignore[arg-type]
+    assert [schedule.lr_at(step) for step in (1, 2, 7, 12)] == pytest.approx([2, 4, 2.5, 1])
+    for other in {"G", "D", "R"} - {side}:
+        theirs = train.optimizer(other)  # type: ignore[arg-type]
+        assert (theirs.warmup, theirs.cosine_end, theirs.clipgrad, theirs.betas) == (0, None, None, None)
+        assert theirs.lr_at(12) == theirs.lr == (1e-3 if other == "R" else 1e-4)
+    steps = [f"train.{side}_optimizer_lr=4", f"train.{side}_scheduler_milestones=[5, 9]"]
+    schedule = parse(base, overrides=steps).train.optimizer(side)  # type: ignore[arg-type]
+    assert [schedule.lr_at(step) for step in (1, 4, 5, 8, 9)] == [4, 4, 2, 2, 1]  # gamma is 0.5
 
 
 def test_testing_needs_no_training_set_and_no_discriminator(base: Path) -> None:

@@ -304,7 +304,7 @@ READ_ELSEWHERE = {"test.param_key", "test.output", "test.metrics", "test.report_
 READ_ELSEWHERE |= {"datasets.train.name", "datasets.test.name"}
 # Filled in, compared with others in parse, or with one valid value.
 FIXED = {"in_nc", "out_nc", "upscale", "net_type", "type", "colors", "in_chans", "is_train", "unused", "seed", "phase"}
-FIXED |= {"D_scheduler_type", "diffusion", "netG", "netD", "netR", "autoencoder", "root"}
+FIXED |= {"diffusion", "netG", "netD", "netR", "autoencoder", "root"}
 # What parse refuses where nothing would read it.
 REFUSED = ("train.branch_weight=1", "train.gradient_D_lossfn_weight=1", "autoencoder.path=x")
 REFUSED += ("datasets.train.pair_pool=4",)

@@ -166,6 +166,17 @@ OFF |= {"best_buddy_weight": 0, "back_projection_weight": 0, "region_aware": Fal
 OFF |= {"color_weight": 0}
 
 
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "options").glob("train_*.json")), ids=lambda path: path.stem)
+def test_validation_is_there_or_is_switched_on_by_removing_its_slashes(path: Path, tmp_path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    block = re.search(r' // "test": \{\n(.*//.*\n)*? *// \}\n', text)
+    if block:
+        text = text.replace(block[0], re.sub(r"^ *// ?", "", block[0], flags=re.MULTILINE))
+    edited = tmp_path / path.name
+    edited.write_text(text, encoding="utf-8")
+    assert "test" in parse(str(edited)).datasets
+
+
 @pytest.mark.parametrize("suffix", ["", "_ssl"])
 @pytest.mark.parametrize("name", GAN)
 def test_the_figures_are_the_published_ones(name: str, suffix: str) -> None:

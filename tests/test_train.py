@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import cv2
 import numpy as np
@@ -36,6 +36,7 @@ from utils.utils_checkpoint import unwrap
 from utils.utils_error import UserError, run
 from utils.utils_image import imread_uint, imsave
 from utils.utils_option import parse
+from utils.utils_option_sections import OptimizerName
 from utils.utils_resume import newest_generator
 from utils.utils_ssl import SelfSimilarityLoss, edge_mask
 
@@ -167,6 +168,37 @@ def test_settings_of_the_optimizer_are_those_of_the_options_after_a_restart(work
     group = work.saved(3)["optimizerG"]["param_groups"][0]
     assert group["weight_decay"] == 0.5
     assert tuple(group["betas"]) == (0.5, 0.6)
+
+
+@pytest.mark.parametrize("name", [name for name in get_args(OptimizerName) if name != "adam"])
+def test_every_optimizer_moves_its_network_and_goes_on_where_it_was(work: Workplace, name: str) -> None:
+    if name != "adamw":
+        pytest.importorskip("timm", reason="timm is not installed: pip install -r requirements-extra.txt")
+    options = (*GAN, f"train.G_optimizer_type={name}", f"train.D_optimizer_type={name}")
+    work.run(*options, "task=whole")
+    work.run(*options, "train.iterations=2")
+    work.run(*options)
+    assert_same(work.saved(4), work.saved(4, "whole"))
+    for net in "GD":
+        assert not all(map(torch.equal, work.saved(2)[net].values(), work.saved(4)[net].values()))
+
+
+def test_moments_of_another_network_are_refused_of_every_optimizer(work: Workplace) -> None:
+    pytest.importorskip("timm", reason="timm is not installed: pip install -r requirements-extra.txt")
+    work.run("train.G_optimizer_type=lion", "train.iterations=2")
+    path = work.folder() / "models" / "2_optimizerG.pth"
+    state = torch.load(path, weights_only=True)
+    state["state"][0]["exp_avg"] = state["state"][0]["exp_avg"][:1]
+    torch.save(state, path)
+    forget_manifests(work.folder())
+    with pytest.raises(UserError, match=r"2_optimizerG.pth: does not fit this run's optimizer \(exp_avg of a weight"):
+        work.run("train.G_optimizer_type=lion")
+
+
+def test_an_optimizer_without_its_library_is_one_line(work: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm.optim", None)
+    with pytest.raises(UserError, match=r"train\.D_optimizer_type: lion needs the package timm; python -m pip install"):
+        work.model("model=gan", "train.D_optimizer_type=lion")
 
 
 def test_a_finished_run_says_so_and_writes_nothing_until_iterations_is_raised(work: Workplace, caplog) -> None:

@@ -54,9 +54,14 @@ _UNIONS = {"netG": (NetG, "net_type"), "netD": (NetD, "net_type"), "diffusion": 
 _STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*')
 
 
+# A comma behind a value and before a bracket: what is left where the last of several entries is a comment.
+_STRING_OR_LAST_COMMA = re.compile(r'"(?:\\.|[^"\\\n])*"(\s*,(?=\s*[}\]]))?|(?<=[\w}\]]),(?=\s*[}\]])')
+
+
 def strip_comments(text: str) -> str:
-    """Blank out ``//`` comments outside strings; every other character keeps its line and column."""
-    return _STRING_OR_COMMENT.sub(lambda m: m[0] if m[0][0] == '"' else " " * len(m[0]), text)
+    """Blank out ``//`` comments outside strings and commas before a closing bracket; the rest keeps its place."""
+    text = _STRING_OR_COMMENT.sub(lambda m: m[0] if m[0][0] == '"' else " " * len(m[0]), text)
+    return _STRING_OR_LAST_COMMA.sub(lambda m: m[0][:-1] + " " if m[0][-1] == "," else m[0], text)
 
 
 _WORDS = {"none": "null", "null": "null", "nil": "null", "undefined": "null"}
@@ -79,9 +84,7 @@ def _remedy(text: str, error: json.JSONDecodeError) -> str:
         return 'check commas and quotes: texts and keys stand in double quotes, "..."'
     if not after[0].isprintable() or (after[0].isspace() or after[0] == "\ufeff"):
         return f"the character U+{ord(after[0]):04X} cannot be seen: remove it"
-    if error.msg.startswith("Illegal trailing comma") or (before.endswith(",") and after[0] in "}]"):
-        return "remove the comma before the bracket"
-    if after[0] == ",":
+    if error.msg.startswith("Illegal trailing comma") or after[0] == "," or (before.endswith(",") and after[0] in "}]"):
         return "remove one comma"
     if error.msg.startswith(("Unterminated string", "Invalid control character")):
         return "a text ends on its line, without tabs in it: check its quotes"

@@ -236,9 +236,12 @@ def _discriminator(opt: Options, size: int) -> Iterator[str]:
 
 def _betas(train: TrainOptions, *sides: Side) -> Iterator[str]:
     for side in sides:
-        betas = train.optimizer(side).betas
+        kind, betas = train[f"{side}_optimizer_type"], train[f"{side}_optimizer_betas"] or ()
+        key, count = f"train.{side}_optimizer_betas", 3 if kind == "adan" else 2
         if not all(0 <= b < 1 and math.isfinite(b) for b in betas):
-            yield f"train.{side}_optimizer_betas: each must lie in [0, 1), not {list(betas)}"
+            yield f"{key}: each must lie in [0, 1), not {betas}"
+        elif betas and len(betas) != count:
+            yield f"{key}: {kind} takes {count} numbers, not {betas}"
 
 
 def _ranker(opt: Options) -> Iterator[str]:
@@ -267,11 +270,14 @@ def _ranker(opt: Options) -> Iterator[str]:
 
 def _schedule(opt: Options) -> Iterator[str]:
     train = opt.train
-    if train.G_scheduler_type == "CosineAnnealingLR":
-        if train.iterations is None:
-            yield "train.iterations: is required for CosineAnnealingLR, which ends there"
-        elif train.G_scheduler_warmup >= train.iterations:
-            yield f"train.G_scheduler_warmup: {train.G_scheduler_warmup}: iterations, {train.iterations}, must be more"
+    cosines = [side for side in ("G", "D", "R") if train[f"{side}_scheduler_type"] == "CosineAnnealingLR"]
+    if cosines and train.iterations is None:
+        yield "train.iterations: is required for CosineAnnealingLR, which ends there"
+        return
+    for side in cosines:
+        warmup = train[f"{side}_scheduler_warmup"]
+        if warmup >= train.iterations:
+            yield f"train.{side}_scheduler_warmup: {warmup}: iterations, {train.iterations}, must be more"
 
 
 def _model_dm(opt: Options) -> Iterator[str]:
@@ -348,15 +354,12 @@ def is_read(opt: Options) -> dict[str, dict[str, bool]]:
             for side, used in sides.items()
             for name in ("optimizer_type", "optimizer_lr", "optimizer_betas", "optimizer_wd", "optimizer_clipgrad")
         },
-        **dict.fromkeys(("G_scheduler_type", "G_scheduler_warmup"), sr),
-        "G_scheduler_eta_min": sr and train.G_scheduler_type == "CosineAnnealingLR",
-        "G_scheduler_milestones": sr and train.G_scheduler_type == "MultiStepLR",
-        "D_scheduler_milestones": trains_D,
-        "R_scheduler_milestones": ranker,
     }
-    for side in sides:
-        milestones = f"{side}_scheduler_milestones"
-        sections["train"][f"{side}_scheduler_gamma"] = sections["train"][milestones] and bool(train[milestones])
+    for side, used in sides.items():
+        schedule, cosine = f"{side}_scheduler", train[f"{side}_scheduler_type"] == "CosineAnnealingLR"
+        sections["train"] |= dict.fromkeys((f"{schedule}_type", f"{schedule}_warmup"), used)
+        sections["train"] |= {f"{schedule}_eta_min": used and cosine, f"{schedule}_milestones": used and not cosine}
+        sections["train"][f"{schedule}_gamma"] = used and not cosine and bool(train[f"{schedule}_milestones"])
     for side in "GDE":
         pretrained = f"pretrained_net{side}"
         sections["train"][f"{side}_param_strict"] = sections["path"][pretrained] and bool(opt.path[pretrained])

@@ -190,12 +190,22 @@ MetricName = Literal["default", "paper", "offline", _OneMetric]
 Side = Literal["G", "D", "R"]
 
 
+# The first two are PyTorch's, the others timm's.
+OptimizerName = Literal["adam", "adamw", "adan", "adopt", "lamb", "lion", "nadamw", "radamw"]
+SchedulerName = Literal["MultiStepLR", "CosineAnnealingLR"]
+Betas = Annotated[list[float], Field(min_length=2, max_length=3)] | None
+_BETAS = "two numbers, of adan three; null = the optimizer's own, Adam's are 0.9 and 0.999"
+_SCHEDULE = "learning rate: in steps, or half a cosine from the warm-up to iterations"
+_WARMUP = "the learning rate rises linearly over this many steps first"
+_ETA_MIN = "CosineAnnealingLR: the learning rate at the end"
+
+
 class OptimizerOptions(NamedTuple):
     """The optimizer and the learning rate of the generator, the discriminators or the ranker."""
 
-    type: Literal["adam", "adamw"]
+    type: OptimizerName
     lr: float
-    betas: tuple[float, float]
+    betas: tuple[float, ...] | None  # None = the optimizer's own
     wd: float
     clipgrad: float | None  # the largest gradient norm; None = no clipping
     milestones: tuple[int, ...]
@@ -347,36 +357,39 @@ class TrainOptions(Section):
 
     E_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="EMA of the generator; 0 = off")
 
-    G_optimizer_type: Literal["adam", "adamw"] = Field("adam", description="optimizer of the generator")
+    G_optimizer_type: OptimizerName = Field("adam", description="optimizer of the generator")
     G_optimizer_lr: Rate = Field(1e-4, description="learning rate of the generator")
-    G_optimizer_betas: list[float] = Field([0.9, 0.999], description="Adam's betas", min_length=2, max_length=2)
+    G_optimizer_betas: Betas = Field(None, description=_BETAS)
     G_optimizer_wd: Weight = Field(0.0, description="weight decay")
     G_optimizer_clipgrad: Weight | None = Field(None, description="largest gradient norm; null or 0 = no clipping")
-    G_scheduler_type: Literal["MultiStepLR", "CosineAnnealingLR"] = Field(
-        "MultiStepLR", description="learning rate: in steps, or half a cosine from the warm-up to iterations"
-    )
-    G_scheduler_warmup: Count = Field(0, description="the learning rate rises linearly over this many steps first")
-    G_scheduler_eta_min: Weight = Field(0.0, description="CosineAnnealingLR: the learning rate at the end")
+    G_scheduler_type: SchedulerName = Field("MultiStepLR", description=_SCHEDULE)
+    G_scheduler_warmup: Count = Field(0, description=_WARMUP)
+    G_scheduler_eta_min: Weight = Field(0.0, description=_ETA_MIN)
     G_scheduler_milestones: list[Count] = Field([], description="multiply by gamma from these steps on")
     G_scheduler_gamma: Rate = Field(0.5, description="factor at a milestone")
     G_param_strict: bool = Field(True, description="pretrained_netG must match in every tensor")
 
-    D_optimizer_type: Literal["adam", "adamw"] = Field("adam", description="optimizer of the discriminator")
+    D_optimizer_type: OptimizerName = Field("adam", description="optimizer of the discriminator")
     D_optimizer_lr: Rate = Field(1e-4, description="learning rate of the discriminator")
-    D_optimizer_betas: list[float] = Field([0.9, 0.999], description="Adam's betas", min_length=2, max_length=2)
+    D_optimizer_betas: Betas = Field(None, description=_BETAS)
     D_optimizer_wd: Weight = Field(0.0, description="weight decay")
     D_optimizer_clipgrad: Weight | None = Field(None, description="largest gradient norm; null or 0 = no clipping")
-    D_scheduler_type: Literal["MultiStepLR"] = Field("MultiStepLR", description="learning rate schedule")
+    D_scheduler_type: SchedulerName = Field("MultiStepLR", description=_SCHEDULE)
+    D_scheduler_warmup: Count = Field(0, description=_WARMUP)
+    D_scheduler_eta_min: Weight = Field(0.0, description=_ETA_MIN)
     D_scheduler_milestones: list[Count] = Field([], description="multiply by gamma from these steps on")
     D_scheduler_gamma: Rate = Field(0.5, description="factor at a milestone")
     D_param_strict: bool = Field(True, description="pretrained_netD must match in every tensor")
     E_param_strict: bool = Field(True, description="pretrained_netE must match in every tensor")
 
-    R_optimizer_type: Literal["adam", "adamw"] = Field("adam", description="optimizer of model ranker's netR")
+    R_optimizer_type: OptimizerName = Field("adam", description="optimizer of model ranker's netR")
     R_optimizer_lr: Rate = Field(1e-3, description="learning rate of the ranker")
-    R_optimizer_betas: list[float] = Field([0.9, 0.999], description="Adam's betas", min_length=2, max_length=2)
+    R_optimizer_betas: Betas = Field(None, description=_BETAS)
     R_optimizer_wd: Weight = Field(0.0, description="weight decay")
     R_optimizer_clipgrad: Weight | None = Field(None, description="largest gradient norm; null or 0 = no clipping")
+    R_scheduler_type: SchedulerName = Field("MultiStepLR", description=_SCHEDULE)
+    R_scheduler_warmup: Count = Field(0, description=_WARMUP)
+    R_scheduler_eta_min: Weight = Field(0.0, description=_ETA_MIN)
     R_scheduler_milestones: list[Count] = Field([], description="multiply by gamma from these steps on")
     R_scheduler_gamma: Rate = Field(0.5, description="factor at a milestone")
 
@@ -413,19 +426,19 @@ class TrainOptions(Section):
         return {name: weight for name, weight in weights.items() if weight > 0}
 
     def optimizer(self, side: Side) -> OptimizerOptions:
-        """How a side is trained; the discriminators and the ranker have no warm-up and no cosine."""
-        of_G = side == "G"
+        """How a side is trained."""
+        betas, kind = self[f"{side}_optimizer_betas"], self[f"{side}_scheduler_type"]
         return OptimizerOptions(
             type=self[f"{side}_optimizer_type"],
             lr=self[f"{side}_optimizer_lr"],
-            betas=tuple(self[f"{side}_optimizer_betas"]),
+            betas=betas and tuple(betas),
             wd=self[f"{side}_optimizer_wd"],
             clipgrad=self[f"{side}_optimizer_clipgrad"] or None,
             milestones=tuple(self[f"{side}_scheduler_milestones"]),
             gamma=self[f"{side}_scheduler_gamma"],
-            warmup=self.G_scheduler_warmup if of_G else 0,
-            cosine_end=self.iterations if of_G and self.G_scheduler_type == "CosineAnnealingLR" else None,
-            eta_min=self.G_scheduler_eta_min if of_G else 0.0,
+            warmup=self[f"{side}_scheduler_warmup"],
+            cosine_end=self.iterations if kind == "CosineAnnealingLR" else None,
+            eta_min=self[f"{side}_scheduler_eta_min"],
         )
 
 
