@@ -25,11 +25,13 @@ def _list(folder: Path) -> None:
         print(group)
         for file in files:
             scale = f"x{file.scale}" if file.scale else ""
+            weights = f"{file.weights / 1e6:4.1f} M" if file.weights else ""
             path = folder / file.name
-            size = path.stat().st_size if path.is_file() else file.size
-            facts = [file.what, f"{size / 1e6:.1f} MB" if size else "", "here" if path.is_file() else ""]
+            facts = [file.what, file.licence or "licence: see its page"]
+            facts += [f"here, {path.stat().st_size / 1e6:.1f} MB"] if path.is_file() else []
             facts += [f"by hand: {file.page}"] if file.page else []
-            print(f"  {file.name:{width}}  {file.net_type:21}  {scale:2}  {', '.join(filter(None, facts))}")
+            print(f"  {file.name:{width}}  {file.net_type:21}  {scale:2}  {weights:6}  {', '.join(facts)}")
+    print("M: millions of weights, four bytes each. The licence is that of the repository which publishes the file.")
 
 
 def _have(file: Published, path: Path) -> None:

@@ -29,13 +29,19 @@ _WAIT = 1.0  # seconds before the first of them, doubled for each next
 
 @dataclass(frozen=True)
 class Published:
-    """A file that its authors published, or, where ``url`` is None, one that a user gets from ``page`` by hand."""
+    """A file that its authors published, or, where ``url`` is None, one that a user gets from ``page`` by hand.
+
+    ``weights`` is how many its network has; ``licence`` that of the repository which publishes it, as its licence file
+    or README says; None = not known to us.
+    """
 
     group: str
     name: str
     what: str
     net_type: str
     scale: int | None = None
+    weights: int | None = None
+    licence: str | None = None
     url: str | None = None
     page: str | None = None
     size: int | None = None  # bytes; None = not known to us
@@ -44,37 +50,54 @@ class Published:
 
 _KAIR = "https://github.com/cszn/KAIR/releases/download/v1.0/"
 _REAL_ESRGAN = "https://github.com/xinntao/Real-ESRGAN/releases/download/"
+_ESRGAN = "https://github.com/xinntao/ESRGAN"
+_RANKSRGAN = "https://github.com/WenlongZhang0517/RankSRGAN"
 _SWINIR = "https://github.com/JingyunLiang/SwinIR/releases/download/v0.0/"
 
 
-def _kair(group: str, name: str, what: str, net_type: str, scale: int) -> Published:
-    return Published(group, name, what, net_type, scale, _KAIR + name)
+_RRDB = 16_697_987  # weights of RRDBNet x4 with 23 blocks, in either layout
 
 
-def _real_esrgan(version: str, name: str, what: str, net_type: str, scale: int | None) -> Published:
-    return Published("realesrgan", name, what, net_type, scale, f"{_REAL_ESRGAN}{version}/{name}")
+def _kair(group: str, name: str, what: str, net_type: str, scale: int, weights: int) -> Published:
+    return Published(group, name, what, net_type, scale, weights, "MIT", _KAIR + name)
 
 
-def _swinir(name: str, what: str, scale: int) -> Published:
-    return Published("swinir", f"{name}.pth", what, "swinir", scale, f"{_SWINIR}{name}.pth")
+def _real_esrgan(version: str, name: str, what: str, net_type: str, scale: int | None, weights: int) -> Published:
+    url = f"{_REAL_ESRGAN}{version}/{name}"
+    return Published("realesrgan", name, what, net_type, scale, weights, "BSD-3-Clause", url)
 
 
-def _by_hand(group: str, name: str, what: str, net_type: str, page: str, scale: int | None = 4) -> Published:
-    return Published(group, name, what, net_type, scale, page=page)
+def _swinir(name: str, what: str, scale: int, weights: int) -> Published:
+    return Published("swinir", f"{name}.pth", what, "swinir", scale, weights, "Apache-2.0", f"{_SWINIR}{name}.pth")
+
+
+def _by_hand(
+    group: str,
+    name: str,
+    what: str,
+    net_type: str,
+    page: str,
+    weights: int | None,
+    licence: str | None = None,
+    scale: int | None = 4,
+) -> Published:
+    return Published(group, name, what, net_type, scale, weights, licence, page=page)
 
 
 PUBLISHED: tuple[Published, ...] = (
-    _kair("bsrgan", "BSRGAN.pth", "blind, GAN", "rrdbnet", 4),
-    _kair("bsrgan", "BSRGANx2.pth", "blind, GAN", "rrdbnet", 2),
-    _kair("bsrgan", "BSRNet.pth", "blind, PSNR", "rrdbnet", 4),
-    _kair("esrgan", "ESRGAN.pth", "bicubic, GAN", "rrdbnet", 4),
-    _kair("esrgan", "RRDB.pth", "bicubic, PSNR", "rrdbnet", 4),
+    _kair("bsrgan", "BSRGAN.pth", "blind, GAN", "rrdbnet", 4, _RRDB),
+    _kair("bsrgan", "BSRGANx2.pth", "blind, GAN", "rrdbnet", 2, 16_661_059),
+    _kair("bsrgan", "BSRNet.pth", "blind, PSNR", "rrdbnet", 4, _RRDB),
+    _kair("esrgan", "ESRGAN.pth", "bicubic, GAN", "rrdbnet", 4, _RRDB),
+    _kair("esrgan", "RRDB.pth", "bicubic, PSNR", "rrdbnet", 4, _RRDB),
     Published(
         "esrgan",
         "ESRGAN_SRx4_DF2KOST_official-ff704c30.pth",
         "bicubic, GAN",
         "rrdbnet_basicsr",
         4,
+        _RRDB,
+        "Apache-2.0",
         f"{_REAL_ESRGAN}v0.1.1/ESRGAN_SRx4_DF2KOST_official-ff704c30.pth",
         sha256="ff704c30",  # BasicSR's publishing script ends names with the first digits of the hash
     ),
@@ -84,54 +107,60 @@ PUBLISHED: tuple[Published, ...] = (
         "bicubic, PSNR",
         "rrdbnet_basicsr",
         "https://github.com/XPixelGroup/BasicSR/blob/master/docs/ModelZoo.md",
+        _RRDB,
+        "Apache-2.0",
     ),
-    _by_hand("esrgan", "RRDB_ESRGAN_x4.pth", "bicubic, GAN", "rrdbnet", "https://github.com/xinntao/ESRGAN"),
-    _by_hand("esrgan", "RRDB_PSNR_x4.pth", "bicubic, PSNR", "rrdbnet", "https://github.com/xinntao/ESRGAN"),
-    _real_esrgan("v0.1.0", "RealESRGAN_x4plus.pth", "blind, GAN", "rrdbnet_basicsr", 4),
-    _real_esrgan("v0.2.1", "RealESRGAN_x2plus.pth", "blind, GAN", "rrdbnet_basicsr", 2),
-    _real_esrgan("v0.1.1", "RealESRNet_x4plus.pth", "blind, PSNR", "rrdbnet_basicsr", 4),
-    _real_esrgan("v0.2.2.4", "RealESRGAN_x4plus_anime_6B.pth", "blind, drawings, GAN", "rrdbnet_basicsr", 4),
-    _real_esrgan("v0.2.2.3", "RealESRGAN_x4plus_netD.pth", "its discriminator", "discriminator_unet_sn", None),
-    _real_esrgan("v0.2.5.0", "realesr-general-x4v3.pth", "blind, small, GAN", "srvgg_compact", 4),
-    _real_esrgan("v0.2.5.0", "realesr-general-wdn-x4v3.pth", "blind, small, GAN, keeps more noise", "srvgg_compact", 4),
-    _real_esrgan("v0.2.5.0", "realesr-animevideov3.pth", "blind, drawings, GAN", "srvgg_compact", 4),
-    _swinir("001_classicalSR_DF2K_s64w8_SwinIR-M_x2", "bicubic, PSNR", 2),
-    _swinir("001_classicalSR_DF2K_s64w8_SwinIR-M_x3", "bicubic, PSNR", 3),
-    _swinir("001_classicalSR_DF2K_s64w8_SwinIR-M_x4", "bicubic, PSNR", 4),
-    _swinir("001_classicalSR_DF2K_s64w8_SwinIR-M_x8", "bicubic, PSNR", 8),
-    _swinir("001_classicalSR_DIV2K_s48w8_SwinIR-M_x2", "bicubic, PSNR", 2),
-    _swinir("001_classicalSR_DIV2K_s48w8_SwinIR-M_x3", "bicubic, PSNR", 3),
-    _swinir("001_classicalSR_DIV2K_s48w8_SwinIR-M_x4", "bicubic, PSNR", 4),
-    _swinir("001_classicalSR_DIV2K_s48w8_SwinIR-M_x8", "bicubic, PSNR", 8),
-    _swinir("002_lightweightSR_DIV2K_s64w8_SwinIR-S_x2", "bicubic, small, PSNR", 2),
-    _swinir("002_lightweightSR_DIV2K_s64w8_SwinIR-S_x3", "bicubic, small, PSNR", 3),
-    _swinir("002_lightweightSR_DIV2K_s64w8_SwinIR-S_x4", "bicubic, small, PSNR", 4),
-    _swinir("003_realSR_BSRGAN_DFO_s64w8_SwinIR-M_x2_GAN", "blind, GAN", 2),
-    _swinir("003_realSR_BSRGAN_DFO_s64w8_SwinIR-M_x4_GAN", "blind, GAN", 4),
-    _swinir("003_realSR_BSRGAN_DFOWMFC_s64w8_SwinIR-L_x4_GAN", "blind, large, GAN", 4),
-    _kair("msrresnet", "msrresnet_x4_psnr.pth", "bicubic, PSNR", "msrresnet1", 4),
-    _kair("msrresnet", "msrresnet_x4_gan.pth", "bicubic, GAN", "msrresnet1", 4),
-    _by_hand(
-        "ranksrgan",
-        "mmsr_SRResNet_pretrain.pth",
-        "bicubic, PSNR",
-        "ranksrgan_srresnet",
-        "https://github.com/WenlongZhang0517/RankSRGAN",
+    _by_hand("esrgan", "RRDB_ESRGAN_x4.pth", "bicubic, GAN", "rrdbnet", _ESRGAN, _RRDB, "Apache-2.0"),
+    _by_hand("esrgan", "RRDB_PSNR_x4.pth", "bicubic, PSNR", "rrdbnet", _ESRGAN, _RRDB, "Apache-2.0"),
+    _real_esrgan("v0.1.0", "RealESRGAN_x4plus.pth", "blind, GAN", "rrdbnet_basicsr", 4, _RRDB),
+    _real_esrgan("v0.2.1", "RealESRGAN_x2plus.pth", "blind, GAN", "rrdbnet_basicsr", 2, 16_703_171),
+    _real_esrgan("v0.1.1", "RealESRNet_x4plus.pth", "blind, PSNR", "rrdbnet_basicsr", 4, _RRDB),
+    _real_esrgan("v0.2.2.4", "RealESRGAN_x4plus_anime_6B.pth", "blind, drawings, GAN", "rrdbnet_basicsr", 4, 4_467_779),
+    _real_esrgan(
+        "v0.2.2.3", "RealESRGAN_x4plus_netD.pth", "its discriminator", "discriminator_unet_sn", None, 4_376_897
     ),
-    _by_hand(
-        "ranksrgan",
-        "mmsr_Ranker_PI.pth",
-        "the ranker",
-        "ranker_vgg12",
-        "https://github.com/WenlongZhang0517/RankSRGAN",
-        scale=None,
+    _real_esrgan("v0.2.5.0", "realesr-general-x4v3.pth", "blind, small, GAN", "srvgg_compact", 4, 1_213_296),
+    _real_esrgan(
+        "v0.2.5.0",
+        "realesr-general-wdn-x4v3.pth",
+        "blind, small, GAN, keeps more noise",
+        "srvgg_compact",
+        4,
+        1_213_296,
     ),
+    _real_esrgan("v0.2.5.0", "realesr-animevideov3.pth", "blind, drawings, GAN", "srvgg_compact", 4, 621_424),
+    _swinir("001_classicalSR_DF2K_s64w8_SwinIR-M_x2", "bicubic, PSNR", 2, 11_752_487),
+    _swinir("001_classicalSR_DF2K_s64w8_SwinIR-M_x3", "bicubic, PSNR", 3, 11_937_127),
+    _swinir("001_classicalSR_DF2K_s64w8_SwinIR-M_x4", "bicubic, PSNR", 4, 11_900_199),
+    _swinir("001_classicalSR_DF2K_s64w8_SwinIR-M_x8", "bicubic, PSNR", 8, 12_047_911),
+    _swinir("001_classicalSR_DIV2K_s48w8_SwinIR-M_x2", "bicubic, PSNR", 2, 11_752_487),
+    _swinir("001_classicalSR_DIV2K_s48w8_SwinIR-M_x3", "bicubic, PSNR", 3, 11_937_127),
+    _swinir("001_classicalSR_DIV2K_s48w8_SwinIR-M_x4", "bicubic, PSNR", 4, 11_900_199),
+    _swinir("001_classicalSR_DIV2K_s48w8_SwinIR-M_x8", "bicubic, PSNR", 8, 12_047_911),
+    _swinir("002_lightweightSR_DIV2K_s64w8_SwinIR-S_x2", "bicubic, small, PSNR", 2, 910_152),
+    _swinir("002_lightweightSR_DIV2K_s64w8_SwinIR-S_x3", "bicubic, small, PSNR", 3, 918_267),
+    _swinir("002_lightweightSR_DIV2K_s64w8_SwinIR-S_x4", "bicubic, small, PSNR", 4, 929_628),
+    _swinir("003_realSR_BSRGAN_DFO_s64w8_SwinIR-M_x2_GAN", "blind, GAN", 2, 11_678_631),
+    _swinir("003_realSR_BSRGAN_DFO_s64w8_SwinIR-M_x4_GAN", "blind, GAN", 4, 11_715_559),
+    _swinir("003_realSR_BSRGAN_DFOWMFC_s64w8_SwinIR-L_x4_GAN", "blind, large, GAN", 4, 28_013_059),
+    _kair("msrresnet", "msrresnet_x4_psnr.pth", "bicubic, PSNR", "msrresnet1", 4, 1_517_571),
+    _kair("msrresnet", "msrresnet_x4_gan.pth", "bicubic, GAN", "msrresnet1", 4, 1_517_571),
+    _by_hand("ranksrgan", "mmsr_SRResNet_pretrain.pth", "bicubic, PSNR", "ranksrgan_srresnet", _RANKSRGAN, 1_554_499),
+    _by_hand("ranksrgan", "mmsr_Ranker_PI.pth", "the ranker", "ranker_vgg12", _RANKSRGAN, 13_734_281, scale=None),
     # The names of these files are not known to us: the group stands for what is on the page.
-    _by_hand("bebygan", "bebygan", "bicubic, PSNR and GAN", "rrdbnet", "https://github.com/dvlab-research/Simple-SR"),
-    _by_hand("elan", "elan", "bicubic, PSNR", "elan", "https://github.com/xindongzhang/ELAN"),
-    _by_hand("ldl", "ldl", "bicubic, GAN", "rrdbnet_basicsr", "https://github.com/csjliang/LDL"),
-    _by_hand("spsr", "spsr", "bicubic, GAN", "spsr", "https://github.com/Maclory/SPSR"),
-    _by_hand("ssl", "ssl", "every system of the paper", "several", "https://github.com/ChrisDud0257/SSL"),
+    _by_hand(
+        "bebygan",
+        "bebygan",
+        "bicubic, PSNR and GAN",
+        "rrdbnet",
+        "https://github.com/dvlab-research/Simple-SR",
+        _RRDB,
+        "MIT",
+    ),
+    _by_hand("elan", "elan", "bicubic, PSNR", "elan", "https://github.com/xindongzhang/ELAN", 8_487_408),
+    _by_hand("ldl", "ldl", "bicubic, GAN", "rrdbnet_basicsr", "https://github.com/csjliang/LDL", _RRDB, "Apache-2.0"),
+    _by_hand("spsr", "spsr", "bicubic, GAN", "spsr", "https://github.com/Maclory/SPSR", 24_796_248),
+    _by_hand("ssl", "ssl", "every system of the paper", "several", "https://github.com/ChrisDud0257/SSL", None),
 )
 
 

@@ -6,12 +6,15 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import main_download_pretrained_models as script
 from models import published as zoo
 from models.published import Published, fetch, part_of
+from models.select_network import define_G
 from tests.conftest import REPOSITORY
 from utils.utils_error import UserError, run
 
@@ -103,9 +106,11 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 def published(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """The script's table, with files of the server."""
     files = (
-        Published("good", "right.pth", "", "rrdbnet", 4, f"{server.address}/file1", sha256=SHA256),
-        Published("good", "other.pth", "", "rrdbnet", 4, f"{server.address}/file2"),
-        Published("gone", "gone.pth", "", "rrdbnet", 4, f"{server.address}/missing"),
+        Published(
+            "good", "right.pth", "", "rrdbnet", 4, 16_697_987, "Apache-2.0", f"{server.address}/file1", sha256=SHA256
+        ),
+        Published("good", "other.pth", "", "rrdbnet", 4, url=f"{server.address}/file2"),
+        Published("gone", "gone.pth", "", "rrdbnet", 4, url=f"{server.address}/missing"),
         Published("good", "hand.pth", "", "rrdbnet", 4, page="https://example.org/page"),
         Published("page", "page.pth", "", "rrdbnet", 4, page="https://example.org/other"),
     )
@@ -376,6 +381,36 @@ def test_without_names_the_files_are_listed_with_what_is_there(published, tmp_pa
     assert here.split()[0] == "right.pth"
     assert "0.2 MB" in here
     assert any("hand.pth" in line and "by hand: https://example.org/page" in line for line in lines)
+    assert "16.7 M" in here
+    assert "Apache-2.0" in here
+    assert all("licence: see its page" in line for line in lines if "other.pth" in line)
+
+
+COUNTED: dict[str, dict[str, Any]] = {
+    "BSRGAN.pth": {"net_type": "rrdbnet"},
+    "BSRGANx2.pth": {"net_type": "rrdbnet"},
+    "RealESRGAN_x2plus.pth": {"net_type": "rrdbnet_basicsr"},
+    "RealESRGAN_x4plus_anime_6B.pth": {"net_type": "rrdbnet_basicsr", "nb": 6},
+    "realesr-general-x4v3.pth": {"net_type": "srvgg_compact", "nf": 64, "nc": 32},
+    "realesr-animevideov3.pth": {"net_type": "srvgg_compact", "nf": 64, "nc": 16},
+    "msrresnet_x4_psnr.pth": {"net_type": "msrresnet1", "nc": 64, "nb": 16},
+    "mmsr_SRResNet_pretrain.pth": {"net_type": "ranksrgan_srresnet", "nf": 64, "nb": 16},
+    "001_classicalSR_DIV2K_s48w8_SwinIR-M_x8.pth": {
+        "net_type": "swinir",
+        **{"embed_dim": 180, "depths": [6] * 6, "num_heads": [6] * 6, "window_size": 8, "img_size": 48},
+        **{"mlp_ratio": 2, "upsampler": "pixelshuffle"},
+    },
+    "spsr": {"net_type": "spsr", "nf": 64, "nb": 23, "gc": 32},
+    "elan": {"net_type": "elan", "m_elan": 36, "c_elan": 180},
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_as_many_weights_are_listed_as_the_network_has(name: str) -> None:
+    (file,) = (file for file in zoo.PUBLISHED if file.name == name)
+    with torch.device("meta"):
+        network = define_G({"scale": file.scale, "n_channels": 3, "netG": COUNTED[name]})
+    assert file.weights == sum(parameter.numel() for parameter in network.parameters())
 
 
 def test_the_table_names_each_file_once_and_says_where_it_is():
