@@ -20,7 +20,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     parser.add_argument("image", nargs="?", metavar="IMAGE", help="the image, usually the ground truth")
     parser.add_argument("--pixel", nargs=2, type=int, metavar=("X", "Y"), help="column and row; default: a telling one")
-    parser.add_argument("--other", metavar="IMAGE", help="another version of it, of the same size")
+    parser.add_argument(
+        "--other", metavar="IMAGE", help="another version of it, of the same size or as main_test.py cuts it"
+    )
     parser.add_argument("--run", metavar="FOLDER", help="a run's folder, instead of an image")
     parser.add_argument(
         "--output", metavar="PNG", help="default ./IMAGE_ssg_X_Y.png, or curves.png in the run's folder"

@@ -297,6 +297,12 @@ def side_by_side(
     imsave(np.asarray(sheet), str(path))
 
 
+def _caption(values: Mapping[str, float]) -> str:
+    """ "PSNR 27.10 dB, SSG 1.234", of both what was measured."""
+    known = {name: values[name] for name in ("psnr", "ssg") if not math.isnan(values.get(name, math.nan))}
+    return ", ".join(METRICS[name].titled(value) for name, value in known.items())
+
+
 # --------------------------------------------------------------------------------------------------------- all of it
 
 _PICTURE_ROWS = 6
@@ -370,7 +376,7 @@ class Report:
         if self._gallery and entry.item:
             self._gallery.add(entry.item)
         if entry.pictures:
-            captions = {k: f"{v['psnr']:.2f} dB" for k, v in of_image.items() if "psnr" in v}
+            captions = {label: _caption(values) for label, values in of_image.items()}
             self._sheet[f"{set_name}/{name}"] = entry.pictures, captions
         for label, values in of_image.items():
             self._values.setdefault(label, []).append(values)

@@ -309,3 +309,27 @@ def test_the_checkpoints_of_runs_are_lines_over_the_steps(tmp_path: Path) -> Non
         assert texts(page, ".curves title")[0].startswith("step 20: ")
         page.eval("document.documentElement.style.width = '360px'")
         assert page.eval("document.querySelector('.curves').scrollWidth <= 360")
+
+
+@in_browser
+@pytest.mark.parametrize("width", [360, 390])
+def test_a_phone_shows_every_column_of_the_tables(folder: Path, tmp_path: Path, width: int) -> None:
+    edges = "(e => { const {left, right} = e.getBoundingClientRect(); return [left, right]; })"
+    with Page((folder / "report.html").as_uri(), tmp_path / "profile", (width, 800)) as page:
+        page.eval("document.querySelectorAll('details').forEach(e => { e.open = true; })")
+        assert page.eval("document.documentElement.scrollWidth") <= width
+        # The default metrics need no scrolling; the table of every image has one more column of names.
+        hidden = page.eval("[...document.querySelectorAll('.scroll')].map(e => e.scrollWidth - e.clientWidth)")
+        assert hidden[:3] == [0, 0, 0]
+        page.eval("$('every').parentNode.scrollLeft = 1e6")
+        box = page.eval(f"{edges}($('every').parentNode)")
+        row = "document.querySelector('#every tbody tr')"
+        name, last = (page.eval(f"{edges}({row}.children[{i}])") for i in (1, 6))
+        assert texts(page, "#every thead th")[-1].startswith("SSG")
+        assert box[0] <= name[0] < name[1] <= last[0] < last[1] <= box[1]
+        # Of a table that is wider still, the names stay.
+        page.eval("document.querySelector('.means').style.width = '800px'")
+        page.eval("document.querySelector('.scroll').scrollLeft = 1e6")
+        box, name = (page.eval(f"{edges}(document.querySelector('{what}'))") for what in (".scroll", ".means tbody th"))
+        assert name[0] == pytest.approx(box[0], abs=2)  # but for the border
+        assert page.eval("document.documentElement.scrollWidth") <= width

@@ -74,14 +74,29 @@ def test_multiscale_versions_have_the_published_sizes(tmp_path):
         "large.png": (1100, 1601),
         "largeS.png": (512, 745),
     }
-    assert ssl.outputs(small, "small") == ["smallS.png"]
-    assert ssl._sizes("small", (300, 200)) == {"smallS.png": (768, 512)}
+    assert ssl.outputs(small, "small") == []  # the published script enlarges it
+    assert ssl._sizes("just", (768, 512)) == {"just.png": (768, 512), "justS.png": (768, 512)}
     assert realesrgan._sizes("large", (1100, 1601)) == {
         "largeT0.png": (825, 1200),
         "largeT1.png": (550, 800),
         "largeT2.png": (366, 533),
         "largeT3.png": (400, 582),
     }
+
+
+def test_multiscale_enlarges_nothing_and_counts_what_is_too_small(tmp_path, photos, capsys):
+    # 50x61, 57x60 and 64x59, rows first: one shorter side is not below 58
+    command = "multiscale --shortest 58 --min_side 0 --factors 1/2"
+    why = "a shorter side below 58, and an enlarged photograph is no ground truth"
+    for more in ("--dry-run", "", ""):  # the last finds all finished
+        assert prepare(f"{command} {more}", photos, tmp_path / "out") == 0
+        assert capsys.readouterr().err.splitlines() == [f"2 images without S: {why}"]
+    assert sorted(content(tmp_path / "out")) == sorted(
+        ["prepared.json", "sub/cS.png", *(f"{name}{T}.png" for name in ("a", "b", "sub/c") for T in ("", "T0"))]
+    )
+    assert prepare("multiscale --shortest 58 --min_side 51", photos, tmp_path / "large") == 0
+    assert sorted(capsys.readouterr().err.splitlines()) == [f"1 image left out: {why}", f"1 image without S: {why}"]
+    assert not list((tmp_path / "large").glob("a*.png"))
 
 
 def test_multiscale_is_lanczos_and_keeps_gray_and_16_bits(tmp_path, photos):
@@ -409,7 +424,7 @@ def test_outputs_stay_clear_of_inputs_and_of_each_other(tmp_path, photos):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("command", [*STEPS, "multiscale", "lmdb"])
+@pytest.mark.parametrize("command", [*STEPS, "multiscale --shortest 55 --min_side 20", "lmdb"])
 def test_a_dry_run_counts_what_a_run_writes_and_writes_nothing(tmp_path, photos, command, capsys):
     output = tmp_path / "out.lmdb"
     assert prepare(f"{command} --dry-run", photos, output) == 0
@@ -897,9 +912,9 @@ def test_a_number_out_of_range_is_one_line_and_no_endless_work(tmp_path, photos,
 
 
 def test_an_image_that_would_become_enormous_is_left_out(tmp_path, photos, capsys):
-    flat(photos / "strip.png", 2, 3000)
-    assert prepare("multiscale --shortest 4000", photos / "strip.png", tmp_path / "out") == 1
-    assert "strip.png: would become 6000000x4000 pixels" in capsys.readouterr().err
+    flat(photos / "strip.png", 1000, 3000)
+    assert prepare("multiscale --factors 16", photos / "strip.png", tmp_path / "out") == 1
+    assert "strip.png: would become 48000x16000 pixels" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import ImageDraw
 
+from evaluation import report as report_module
 from evaluation.metrics import METRICS, Measurer
 from evaluation.report import (
     Report,
@@ -137,6 +139,38 @@ def test_side_by_side_shows_a_column_a_label_and_a_row_an_image(tmp_path):
     # The last cell of the first row repeats the detail's pixels eight times.
     cell = one[40:296, -266:-10]
     assert np.array_equal(cell[4::8, 4::8], H[top : top + height, left : left + width])
+
+
+def captions(folder, monkeypatch, metrics, *pairs):
+    """Those of side_by_side.png, of images "0", "1", ... of one set, each (ground truth, estimate)."""
+    drawn = {}
+    monkeypatch.setattr(report_module, "side_by_side", lambda pictures, path, captions: drawn.update(captions))
+    report = Report(Measurer(metrics, 0, "cpu"), {"A": len(pairs)}, report_images=0)
+    for index, (H, E) in enumerate(pairs):
+        report.add(report.examine("A", index, str(index), {"gan": E}, H))
+    report.end_set("A", True)
+    report.write(folder, run_facts(), {"models": {}, "scale": 2}, n_channels=3)
+    return [words["gan"] for words in drawn.values()]
+
+
+def test_captions_give_psnr_and_ssg_as_far_as_they_were_measured(tmp_path, monkeypatch):
+    H, flat = photograph(40, 44), np.full((40, 44, 3), 9, np.uint8)
+    both = captions(tmp_path, monkeypatch, ["psnr", "ssg"], (H, blurred(H)), (flat, flat + 1), (H, H))
+    values = json.loads((tmp_path / "results.json").read_text())["images"][0]
+    assert both[0] == f"PSNR {values['psnr']:.2f} dB, SSG {values['ssg']:.3f}"
+    assert both[1] == "PSNR 48.13 dB"  # 20 log10 of 255; no edges, no SSG
+    assert both[2] == "PSNR inf dB, SSG 0.000"
+    assert captions(tmp_path, monkeypatch, ["ssim", "ssg"], (H, H)) == ["SSG 0.000"]
+    assert captions(tmp_path, monkeypatch, ["psnr"], (H, H)) == ["PSNR inf dB"]
+
+
+def test_the_longest_caption_fits_below_its_detail(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda draw, at, text, *_, **__: written.append(text))
+    H = photograph(40, 44)
+    longest = "PSNR 100.00 dB, SSG 1000.000"
+    side_by_side({"a": {"gan": H, "ground truth": H}}, tmp_path / "a.png", captions={"a": {"gan": longest}})
+    assert longest in written  # what does not fit is shortened
 
 
 def results(**means: dict[str, float]) -> SetResults:

@@ -96,6 +96,27 @@ def test_two_images_give_mask_areas_graphs_and_their_difference(tmp_path, monkey
     assert np.allclose(difference, 1000 * (graph_at(blurred(image), 20, 30) - graph_at(image, 20, 30)), atol=1e-4)
 
 
+@pytest.mark.parametrize("other", ["53x43", "60x49"])
+def test_the_truth_is_cut_to_what_main_test_makes_of_it(tmp_path, drawn, caplog, other):
+    image = photograph(50, 60)
+    width, height = map(int, other.split("x"))
+    imsave(image, str(tmp_path / "hr.png"))
+    imsave(blurred(image)[:height, :width], str(tmp_path / "sr.png"))
+    with caplog.at_level("INFO"):
+        main([str(tmp_path / "hr.png"), "--other", str(tmp_path / "sr.png"), "--output", str(tmp_path / "o.png")])
+    said = [line for line in caplog.messages if "cut to" in line]
+    assert said == [f"{tmp_path}/hr.png: cut to {other} at the right and below, the size of {tmp_path}/sr.png"]
+    assert np.array_equal(drawn[0].axes[0].images[0].get_array(), image[:height, :width])
+
+
+def test_images_of_one_size_are_not_cut(tmp_path, caplog):
+    for name in ("hr.png", "sr.png"):
+        imsave(photograph(50, 60), str(tmp_path / name))
+    with caplog.at_level("INFO"):
+        main([str(tmp_path / "hr.png"), "--other", str(tmp_path / "sr.png"), "--output", str(tmp_path / "o.png")])
+    assert "cut to" not in caplog.text
+
+
 def test_one_image_gives_its_graph_even_at_the_corner(tmp_path, drawn):
     imsave(photograph(20, 30, channels=1), str(tmp_path / "gray.png"))
     main([str(tmp_path / "gray.png"), "--pixel", "29", "0", "--output", str(tmp_path / "out.png")])
@@ -158,6 +179,8 @@ MISTAKES = {
     "negative pixel": ("a.png --pixel -1 3", "X is 0 to 39"),
     "pixel is no number": ("a.png --pixel x 3", "--pixel"),
     "another size": ("a.png --other small.png", r"small\.png is 12x12, a\.png 40x30"),
+    "cut by 8": ("a.png --other cut8.png", r"cut8\.png is 40x22, a\.png 40x30"),
+    "larger": ("a.png --other wide.png", r"wide\.png is 44x28, a\.png 40x30"),
     "too small": ("small.png --pixel 1 1", "over 12 pixels"),
     "no edges": ("flat.png", "--pixel X Y"),
     "output is the image": ("a.png --pixel 1 1 --output a.png", "another file"),
@@ -173,6 +196,8 @@ def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, monkeypatch, mistake
     monkeypatch.chdir(tmp_path)
     imsave(photograph(30, 40), "a.png")
     imsave(photograph(12, 12), "small.png")
+    imsave(photograph(22, 40), "cut8.png")
+    imsave(photograph(28, 44), "wide.png")  # larger in one direction, smaller in the other
     imsave(np.full((30, 30, 3), 9, np.uint8), "flat.png")
     Path("note.txt").write_text("no image")
     Path("run").mkdir()

@@ -85,6 +85,10 @@ class PreparationStep(Arguments, ABC):
     def outputs(self, path: str, name: str) -> list[str]:
         """The files to make of the image ``path``, whose own name is ``name``; reads its header at most."""
 
+    def left_out(self, path: str, name: str) -> str:
+        """What an image is too small for, though not bad: goes on after "3 images"; "" for nothing."""
+        return ""
+
     @abstractmethod
     def make(self, path: str, name: str, wanted: Sequence[str]) -> Iterator[Product]:
         """Make those of :meth:`outputs` that are ``wanted``."""
@@ -100,6 +104,7 @@ class Outcome:
     stale: bool = False  # ... though the image is newer than they are
     problem: str | None = None
     dropped: str = ""  # what the files lack that the image has, see utils_image.dropped
+    left_out: str = ""  # see PreparationStep.left_out
     records: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -180,6 +185,7 @@ def _apply(step: PreparationStep, output: Path, image: _Image) -> Outcome:
     outcome = Outcome(path)
     try:
         wanted, present = _missing(step, output, image)
+        outcome.left_out = step.left_out(path, name)
         outcome.finished, outcome.stale = len(present), _is_newer(path, present)
         products = step.make(path, name, wanted) if wanted else iter(())
         product = next(products, None)
@@ -242,10 +248,11 @@ def _dry_run(step: PreparationStep, images: Sequence[_Image], output: Path) -> i
         path = image.path
         try:
             wanted, present = _missing(step, output, image)
+            left_out = step.left_out(path, image.name)
         except IMAGE_ERRORS as error:
             tally.add(Outcome(path, problem=one_line(path, error)))
             continue
-        tally.add(Outcome(path, len(wanted), len(present), _is_newer(path, present)))
+        tally.add(Outcome(path, len(wanted), len(present), _is_newer(path, present), left_out=left_out))
         if wanted and shown < 10:
             shown += 1
             more = f" ... {wanted[-1]} ({len(wanted)} files)" if len(wanted) > 1 else ""
@@ -403,7 +410,7 @@ class Tally:
         self._images = self._written = self._finished = 0
         self._stale: list[str] = []
         self._problems: list[str] = []
-        self._dropped: Counter[str] = Counter()
+        self._remarks: Counter[str] = Counter()
 
     def add(self, outcome: Outcome) -> None:
         self._images += 1
@@ -413,14 +420,13 @@ class Tally:
             self._stale.append(outcome.path)
         if outcome.problem:
             self._problems.append(outcome.problem)
-        if outcome.dropped:
-            self._dropped[outcome.dropped] += 1
+        self._remarks.update(filter(None, (outcome.dropped, outcome.left_out)))
 
     def report(self, would: bool = False) -> int:
         """Print the result, bad images on standard error; returns the exit status."""
         for problem in self._problems:
             print(f"bad: {problem}", file=sys.stderr)
-        for phrase, count in self._dropped.items():
+        for phrase, count in self._remarks.items():
             print(f"{_count(count, 'image')} {phrase}", file=sys.stderr)
         if self._stale:
             more = f" and {len(self._stale) - 1} more" if len(self._stale) > 1 else ""

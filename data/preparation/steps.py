@@ -87,6 +87,13 @@ class Multiscale(arguments.Multiscale, ImageStep):
                 _check_area(*size)
                 yield Product(file, img if size == (height, width) else lanczos(img, *size))
 
+    def left_out(self, path: str, name: str) -> str:
+        size = image_size(path)
+        if min(size) >= self.shortest:
+            return ""
+        without = f"without {self.shortest_name}" if self._sizes(name, size) else "left out"
+        return f"{without}: a shorter side below {self.shortest}, and an enlarged photograph is no ground truth"
+
     def _sizes(self, name: str, size: tuple[int, int]) -> dict[str, tuple[int, int]]:
         """The (height, width) of each file."""
         height, width = size
@@ -94,7 +101,9 @@ class Multiscale(arguments.Multiscale, ImageStep):
         if self.original:
             versions[""] = size
         kept = {ending: sides for ending, sides in versions.items() if min(sides) >= max(1, self.min_side)}
-        if height < width:
+        if min(size) < self.shortest:  # the published scripts enlarge it
+            pass
+        elif height < width:
             kept[self.shortest_name] = (self.shortest, int(self.shortest * (width / height)))
         else:
             kept[self.shortest_name] = (int(self.shortest * (height / width)), self.shortest)
