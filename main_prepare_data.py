@@ -58,8 +58,9 @@ def _options(parser: Any, step: type[Arguments]) -> None:
         parser.add_argument("--preset", choices=PRESETS, default="ssl", help="whose figures (default ssl)")
     for f in fields(step):  # type: ignore[arg-type]
         if f.metadata:
-            kind = {"metavar": "N", **f.metadata} if "choices" not in f.metadata else dict(f.metadata)
-            if f.default is not MISSING:
+            metavar = {} if f.metadata.keys() & {"choices", "action"} else {"metavar": "N"}
+            kind = {**metavar, **f.metadata}
+            if f.default is not MISSING and f.default is not False:
                 default = f.default if not isinstance(f.default, tuple) else " ".join(f"{x:.3g}" for x in f.default)
                 kind["help"] += f" (default {default})"
             parser.add_argument(f"--{f.name}", default=SUPPRESS, required=f.default is MISSING, **kind)

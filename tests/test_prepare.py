@@ -1,5 +1,6 @@
 """Preparing data: each step's figures, stopping and going on, odd and bad images, LMDB, the report."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -74,7 +75,8 @@ def test_multiscale_versions_have_the_published_sizes(tmp_path):
         "large.png": (1100, 1601),
         "largeS.png": (512, 745),
     }
-    assert ssl.outputs(small, "small") == []  # the published script enlarges it
+    assert ssl.outputs(small, "small") == []
+    assert dataclasses.replace(ssl, enlarge=True)._sizes("small", image_size(small)) == {"smallS.png": (768, 512)}
     assert ssl._sizes("just", (768, 512)) == {"just.png": (768, 512), "justS.png": (768, 512)}
     assert realesrgan._sizes("large", (1100, 1601)) == {
         "largeT0.png": (825, 1200),

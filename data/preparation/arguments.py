@@ -82,14 +82,16 @@ class Multiscale(ImageArguments):
     factors, and the shorter side of nameS.png is fixed. Lanczos. Presets: ssl, and
     realesrgan with the factors 0.75 0.5 1/3, the shortest side 400 (as T3), no
     smallest side, and no name.png. The published scripts (Real-ESRGAN's first)
-    enlarge small images to the shortest side; here no S is made of them: an
-    enlarged photograph lacks the detail that ground truth is there to teach.
+    enlarge small images to the shortest side, as --enlarge does; without it no S
+    is made of them: an enlarged photograph lacks the detail that ground truth is
+    there to teach.
     """
 
     command = "multiscale"
     example = "--input DF2K_HR OST --output DF2K_OST_multiscale"
     factors: tuple[float, ...] = option((0.75, 0.6, 1 / 3), "sizes of T0, T1, ...", type=factor, nargs="+")
     shortest: int = option(512, "the shorter side of S in pixels; smaller images get none", type=at_least(1))
+    enlarge: bool = option(False, "make an S of those too, as the published data have", action="store_true")
     min_side: int = option(512, "leave out the others where their shorter side is less", type=at_least(0))
 
 

@@ -89,7 +89,7 @@ class Multiscale(arguments.Multiscale, ImageStep):
 
     def left_out(self, path: str, name: str) -> str:
         size = image_size(path)
-        if min(size) >= self.shortest:
+        if min(size) >= self.shortest or self.enlarge:
             return ""
         without = f"without {self.shortest_name}" if self._sizes(name, size) else "left out"
         return f"{without}: a shorter side below {self.shortest}, and an enlarged photograph is no ground truth"
@@ -101,7 +101,7 @@ class Multiscale(arguments.Multiscale, ImageStep):
         if self.original:
             versions[""] = size
         kept = {ending: sides for ending, sides in versions.items() if min(sides) >= max(1, self.min_side)}
-        if min(size) < self.shortest:  # the published scripts enlarge it
+        if min(size) < self.shortest and not self.enlarge:
             pass
         elif height < width:
             kept[self.shortest_name] = (self.shortest, int(self.shortest * (width / height)))
