@@ -46,7 +46,7 @@ def command(name: str) -> tuple[str, str]:
 
 
 def test_every_system_has_its_files() -> None:
-    others = {"train_demo_psnr", "train_demo_gan_ssl", "train_spandrel_ssl", "train_ranker"}
+    others = {"train_demo_psnr", "train_demo_gan_ssl", "train_demo_color", "train_spandrel_ssl", "train_ranker"}
     others |= {name for name in TRAIN if raw(name)["model"] == "dm"}  # have tests of their own
     assert set(TRAIN) - others == set(RECIPES)
 
@@ -232,11 +232,18 @@ TINY_G = {
     "ranksrgan_srresnet": ("nf=4", "nb=1"),
     "swinir": ("depths=[2]", "num_heads=[2]", "embed_dim=8", "img_size=16"),
     "elan": ("m_elan=2", "c_elan=12"),
+    "msrresnet1": ("nc=4", "nb=1"),
 }
 TERMS = {
     **{"gradient": "gradient_weight", "branch": "branch_weight", "D_grad_loss": "gradient_D_lossfn_weight"},
     **{"ldl": "ldl_weight", "best_buddy": "best_buddy_weight", "back_projection": "back_projection_weight"},
-    **{"rank": "rank_weight", "ssl": "ssl_l1_weight", "G_loss": "G_lossfn_weight", "D_loss": "D_lossfn_weight"},
+    **{
+        "rank": "rank_weight",
+        "color": "color_weight",
+        "ssl": "ssl_l1_weight",
+        "G_loss": "G_lossfn_weight",
+        "D_loss": "D_lossfn_weight",
+    },
 }
 SAVED = {"plain": "", "gan": "D optimizerD", "spsr": "D D_grad optimizerD optimizerD_grad"}
 
@@ -261,12 +268,17 @@ def reduced(opt: Options, place: Path) -> list[str]:
     result = [f"path.root={place}", "path.pretrained_netG=null", f"datasets.train.dataroot_H={place / 'H'}"]
     result += [f"datasets.train.H_size={size}", "datasets.train.dataloader_batch_size=1"]
     result += ["datasets.train.dataloader_num_workers=0", "train.manual_seed=1", "train.checkpoint_print=1"]
-    result += ["train.checkpoint_save=2", "train.F_lossfn_weight=0"]  # VGG19's weights are a download
+    result += [
+        "train.checkpoint_save=2",
+        "train.F_lossfn_weight=0",
+        "datasets.test=null",
+    ]  # VGG19's weights are a download
     if opt.train_set.lq_patchsize:
         result.append(f"datasets.train.lq_patchsize={size // 4}")
     result += [f"netG.{text}" for text in TINY_G[opt.netG.net_type]]
     if opt.netD is not None:
         result += [f"netD.base_nc={1 if fixed else 4}", *(["netD.input_size=128"] if fixed else [])]
+        result.append("train.D_init_iters=0")
     if opt.netR is not None:
         result += ["netR.base_nc=4", f"path.pretrained_netR={place / 'ranker.pth'}"]
     if opt.train.ssl_l1_weight:
@@ -275,7 +287,7 @@ def reduced(opt: Options, place: Path) -> list[str]:
     return result
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [*RECIPES, "train_demo_color"])
 def test_a_recipe_trains_saves_goes_on_and_restores(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opt = options(name)
     script, _ = command(name)
