@@ -172,7 +172,7 @@ def jobs_of(made: plan.Plan, title: str, weight: float | None = None) -> list[pl
 @pytest.mark.parametrize("name", plan.SETTINGS)
 def test_runs_with_and_without_ssl_differ_in_nothing_else(tmp_path, name):
     made = make_plan(make_data(tmp_path), name)
-    runs = jobs_of(made, "runs", 80)
+    runs = jobs_of(made, "runs", made.setting.weights[1])
     assert len(runs) == 6
     for seed in made.seeds:
         control, ours = ({*run.command} for run in runs_of(runs, seed))
@@ -204,7 +204,7 @@ def test_every_training_command_is_accepted(tmp_path, name):
 def test_the_short_runs_are_the_beginning_of_the_whole_ones(tmp_path):
     made = make_plan(make_data(tmp_path))
     tried = {job.models: job for job in jobs_of(made, "weights tried")}
-    first = [job for job in jobs_of(made, "runs", 80) if job.models in tried]
+    first = [job for job in jobs_of(made, "runs", made.setting.weights[1]) if job.models in tried]
     assert len(first) == 2
     for job in first:
         assert {*job.command} ^ {*tried[job.models].command} == {"train.iterations=3000", "train.iterations=750"}
