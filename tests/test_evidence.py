@@ -1,12 +1,14 @@
 """benchmarks/evidence: the artifact measure, the intervals, the choice of weights, resuming, the report."""
 
 import json
+import math
 import os
 import signal
 import sys
 import threading
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -18,7 +20,14 @@ from utils.utils_option import parse
 pytest.importorskip("fcntl", reason="the experiment runs on Linux and macOS")
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 from evidence import collect, plan, report, run
-from evidence.measures import artifact_shares, at_equal_psnr, choose_weight, difference, local_error
+from evidence.measures import (
+    artifact_shares,
+    at_equal_psnr,
+    choose_weight,
+    difference,
+    lattice_share,
+    local_error,
+)
 from evidence.run import State, plan_of, run_stage
 
 # --------------------------------------------------------------------------------------------------------- artifacts
@@ -57,6 +66,25 @@ def test_artifacts_are_the_share_of_pixels_that_became_much_worse():
     assert artifact_shares(psnr, psnr, H) == {"artifacts": 0, "artifacts_25": 0, "artifacts_400": 0}
     # What was bad already and stays so is no artifact, and better is none either.
     assert artifact_shares(E, E, H)["artifacts"] == artifact_shares(psnr, E, H)["artifacts"] == 0
+
+
+def test_a_lattice_is_found_where_it_is_and_no_other_structure_is_taken_for_one():
+    rng = np.random.default_rng(0)
+    picture = cv2.GaussianBlur(rng.normal(128, 300, (136, 264)), (0, 0), 4) + rng.normal(0, 2, (136, 264))
+    every_fourth = 6.0 * (np.arange(264) % 4 == 0)
+
+    def share(x: np.ndarray) -> float:
+        return lattice_share(np.repeat(np.clip(x, 0, 255).astype(np.uint8)[..., None], 3, 2))
+
+    assert share(picture) == 0
+    assert share(picture + 6.0 * (np.arange(264) % 5 == 0)) == 0  # another period
+    assert share(picture + every_fourth) == 100
+    assert share(picture + every_fourth[:136, None]) == 100
+    half = picture.copy()
+    half[:, 132:] += every_fourth[132:]
+    assert share(half) == 50
+    assert share(np.full((136, 264), 128.0) + 0.9 * every_fourth / 6) == 0  # below what 8 bits show as a level
+    assert math.isnan(share(picture[:70]))
 
 
 # ---------------------------------------------------------------------------------------------------------- intervals
@@ -349,6 +377,7 @@ def made_up_results(folder: Path, base: str, gain: float) -> None:
     }
     facts |= {"curve_set": "Set5", "choosing_set": "Set14", "scale_down": 1, "precision": "fp32"}
     facts |= {"choice": {"chosen": 50, "seed": 0, "steps": 5, "tried": tried}, "ms": {"fp32": 10.0, "bf16": 12.0}}
+    facts |= {"lattice_of_H": {"Set5": 3.25}}
     facts |= {"processor": "a processor", "processes": 2, "wall_seconds": 7200, "cpu_seconds": 14000, "torch": "2.0"}
     facts |= {"git_commit": "0123456789abcdef", "date": "2026-11-28T00:00:00"}
     (folder / "facts.json").write_text(json.dumps(facts))
@@ -374,6 +403,7 @@ def test_the_report_says_what_the_numbers_say(tmp_path, monkeypatch):
     assert "| PSNR \u2191 | 24.00 | 27.00 |" in table
     assert "| +0.50 | +0.50 to +0.50 | better | +0.50, +0.50 | 100 % |" in table
     assert "SSG at equal PSNR" in table
+    assert "a lattice in 3.2 % of the blocks" in table
     assert "| 50 | 25.00 | 1.000 | 0.3000 | 0.50 |" in text  # 50 / 500 over 0.2
     for name in ("bicubic", "resshift"):
         assert (tmp_path / "docs" / f"evidence_{name}.png").stat().st_size > 5000

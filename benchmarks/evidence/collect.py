@@ -12,7 +12,7 @@ import matplotlib.figure
 import numpy as np
 
 from evaluation.report import write_csv
-from evidence.measures import WINDOW, Picture, artifact_shares, local_error
+from evidence.measures import WINDOW, Picture, artifact_shares, lattice_share, local_error
 from evidence.plan import CHOOSING, CURVE, CURVE_METRICS, HERE, Plan, chunks
 from utils.utils_image import imread_uint
 from utils.utils_run import save_json
@@ -98,10 +98,10 @@ def choose(plan: Plan, weight: float) -> None:
 def collect(plan: Plan, weight: float, about: Mapping[str, Any], output: Path) -> None:
     """Write images.csv, curve.csv, facts.json and demo.png to ``output``, pictures of the sets to the work folder."""
     output.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows, lattice_of_H = [], {}
     for name in plan.tested:
         of_set = _tested(plan, f"test_{name}", name)
-        _add_artifacts(plan, name, of_set)
+        lattice_of_H[name] = _add_artifacts(plan, name, of_set)
         rows += of_set
     write_csv(_rounded(rows), output / "images.csv")
     points: dict[str, list[Row]] = {}
@@ -118,6 +118,7 @@ def collect(plan: Plan, weight: float, about: Mapping[str, Any], output: Path) -
         "curve_set": CURVE,
         "choosing_set": CHOOSING,
         "choice": read_json(plan.folder / "choice.json"),
+        "lattice_of_H": lattice_of_H,
         **about,
     }
     save_json(content, output / "facts.json")
@@ -136,12 +137,18 @@ def _pictures(plan: Plan, name: str, image: str, models: Iterable[str]) -> list[
     return [H[: made[0].shape[0], : made[0].shape[1]], *made]
 
 
-def _add_artifacts(plan: Plan, name: str, rows: list[Row]) -> None:
+def _add_artifacts(plan: Plan, name: str, rows: list[Row]) -> float:
+    """Add what is measured in the pictures; returns the mean lattice of the ground truth."""
+    of_H: dict[str, float] = {}
     for row in rows:
-        if row["model"] in ("psnr", "bicubic"):  # the one is compared with itself, of the other no picture is kept
+        if row["model"] == "bicubic":  # of it no picture is kept
             continue
         H, psnr, E = _pictures(plan, name, row["image"], ("psnr", row["model"]))
-        row |= artifact_shares(E, psnr, H)
+        of_H[row["image"]] = lattice_share(H)
+        row["lattice"] = lattice_share(E)
+        if row["model"] != "psnr":
+            row |= artifact_shares(E, psnr, H)
+    return mean([{"lattice": value} for value in of_H.values()], "lattice")
 
 
 def pairs(rows: list[Row], base: str, seeds: Iterable[int], metric: str) -> tuple[list[str], Any, Any]:

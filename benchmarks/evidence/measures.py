@@ -16,6 +16,7 @@ PRICE = 0.25  # dB, what SSL may cost where its weight is chosen
 WINDOW = 7  # px, the side of the box that an error is averaged over
 # Squared levels of 255. Noise of 10 levels on top of the PSNR model's picture raises the local error by 100: on a flat
 # area it is plainly seen, while most of the fine texture of a GAN stays below. 5 and 20 levels are reported too.
+BLOCK, LATTICE = 64, 3.0  # px, side of what a lattice is looked for in; times the energy beside it
 THRESHOLDS = {"artifacts": 100.0, "artifacts_25": 25.0, "artifacts_400": 400.0}
 
 
@@ -39,6 +40,34 @@ def artifact_shares(E: Picture, psnr: Picture, H: Picture, border: int = 4) -> d
     """The share of pixels, in per cent, where ``e_E(x) > e_psnr(x) + threshold``, for each of THRESHOLDS."""
     grown = local_error(E, H, border) - local_error(psnr, H, border)
     return {name: 100 * float((grown > threshold).mean()) for name, threshold in THRESHOLDS.items()}
+
+
+def lattice_share(E: Picture, period: int = 4, border: int = 4) -> float:
+    """The share of blocks, in per cent, that a lattice of ``period`` pixels shows in; NaN where none fits.
+
+    Of BLOCK x BLOCK pixels of luma under Hann's window: along the rows or the columns the frequency 1 / period has more
+    than LATTICE times the mean energy of its neighbours (3 and 4 steps of the spectrum away, at both sides), and an
+    amplitude of a level of 255 or more. A network that enlarges by ``period`` makes it where its steps between the
+    pixels of L are unequal.
+
+    Args:
+        E: (height, width, 3), uint8.
+        border: pixels left out at each side.
+    """
+    luma = cv2.cvtColor(E, cv2.COLOR_RGB2GRAY).astype(np.float64)[border : -border or None, border : -border or None]
+    rows, columns = (side // BLOCK for side in luma.shape)
+    if not rows * columns:
+        return float("nan")
+    blocks = luma[: rows * BLOCK, : columns * BLOCK].reshape(rows, BLOCK, columns, BLOCK).swapaxes(1, 2)
+    blocks = blocks.reshape(-1, BLOCK, BLOCK)
+    window = np.outer(np.hanning(BLOCK), np.hanning(BLOCK))
+    spectrum = np.abs(np.fft.fft2((blocks - blocks.mean((1, 2), keepdims=True)) * window)) ** 2
+    at, found = BLOCK // period, np.zeros(len(blocks), bool)
+    for energy in (spectrum, spectrum.swapaxes(1, 2)):
+        along = energy[:, :, [-1, 0, 1]].mean(2)  # of frequencies that hardly change across
+        beside = along[:, [at - 4, at - 3, at + 3, at + 4]].mean(1)
+        found |= (along[:, at] > LATTICE * beside) & (np.sqrt(energy[:, at, 0]) >= window.sum() / 2)
+    return 100 * float(found.mean())
 
 
 class Difference(NamedTuple):

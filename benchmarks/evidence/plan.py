@@ -25,8 +25,8 @@ class Setting(NamedTuple):
     name: str
     base: str  # the option file; also the name of the run without SSL
     script: str
-    # Of SSL's L1 and KL each. By --dry_run at the start of training SSL's gradient is as large as the largest other's at
-    # the last, and its sum about as large as the largest other term at the first.
+    # Of SSL's L1 and KL each. By --dry_run at the start of training SSL's gradient is as large as the largest other's
+    # at the last, and its sum about as large as the largest other term at the first.
     weights: tuple[float, ...]
     psnr: str = "bicubic"  # the setting whose PSNR model the artifacts are measured against
     data: tuple[str, ...] = ()  # overrides
