@@ -61,6 +61,7 @@ def test_a_comment_starts_outside_strings_only(text: str, value: str) -> None:
     [
         '{"a": [1, "x, ]"]}',
         '{"a": [1, "x, ]",],}',
+        '{"a": [1 // one\n  , "x, ]"] // all\n  ,}',
         '{"a": [1, "x, ]" , // the last\n  // "y"\n  ],\n  // "b": 2\n}',
     ],
 )

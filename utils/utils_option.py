@@ -55,7 +55,7 @@ _STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*')
 
 
 # A comma behind a value and before a bracket: what is left where the last of several entries is a comment.
-_STRING_OR_LAST_COMMA = re.compile(r'"(?:\\.|[^"\\\n])*"(\s*,(?=\s*[}\]]))?|(?<=[\w}\]]),(?=\s*[}\]])')
+_STRING_OR_LAST_COMMA = re.compile(r'"(?:\\.|[^"\\\n])*"(?:\s*,(?=\s*[}\]]))?|[\w}\]]\s*,(?=\s*[}\]])')
 
 
 def strip_comments(text: str) -> str:
