@@ -31,7 +31,7 @@ def _list(folder: Path) -> None:
             facts += [f"here, {path.stat().st_size / 1e6:.1f} MB"] if path.is_file() else []
             facts += [f"by hand: {file.page}"] if file.page else []
             print(f"  {file.name:{width}}  {file.net_type:21}  {scale:2}  {weights:6}  {', '.join(facts)}")
-    print("M: millions of weights, four bytes each. The licence is that of the repository which publishes the file.")
+    print("M: millions of weights, four bytes each. The licence is that of the repository it comes from.")
 
 
 def _have(file: Published, path: Path) -> None:

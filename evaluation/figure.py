@@ -19,7 +19,7 @@ from utils.utils_ssl import edge_mask, self_similarity_graph
 logger = logging.getLogger(__name__)
 Picture = NDArray[np.uint8]
 
-_MOST_CUT = 7  # pixels: main_test.py cuts H to a multiple of the scale, which is 8 at most
+_SCALES = range(2, 9)  # to a multiple of which main_test.py cuts H
 SEARCH, WINDOW = 25, 9  # of the loss: sides of the search area and of the compared windows
 _INK, _SOFT, _FRAME, _WINDOW_FRAME = "#1d1f23", "#62666e", "#ff3b30", "#ffd60a"
 _LINES = ("#0f6fb8", "#d1495b", "#2a9d5c", "#e58a1f", "#7b52ab", "#4a5560", "#c2559d", "#7f9c2b")
@@ -164,7 +164,7 @@ def figure_of_images(paths: Sequence[Path], pixel: tuple[int, int] | None, outpu
     images = [imread_uint(str(path)) for path in paths]
     height, width = images[-1].shape[:2]
     cut = [of_image - of_other for of_image, of_other in zip(images[0].shape, (height, width), strict=False)]
-    if any(cut) and min(cut) >= 0 and max(cut) <= _MOST_CUT:
+    if any(cut) and any(cut == [side % scale for side in images[0].shape[:2]] for scale in _SCALES):
         logger.info("%s: cut to %dx%d at the right and below, the size of %s", paths[0], width, height, paths[1])
         images[0] = images[0][:height, :width]
     height, width = images[0].shape[:2]

@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 # mean over its images.
 OVER_EDGES = ("ssl", "ssl_l1", "ssl_kl")
 SUMS = ("rank",)
+_ADAM = ("adam", "adamw")  # PyTorch's, whose moments are each other's; all other optimizers are timm's
 
 
 def _side(name: str) -> Side:
@@ -178,7 +179,7 @@ class ModelBase:
         wanted: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.wd}
         if settings.betas:
             wanted["betas"] = settings.betas
-        if settings.type in ("adam", "adamw"):
+        if settings.type in _ADAM:
             return (torch.optim.AdamW if settings.type == "adamw" else torch.optim.Adam)(trained, fused=True, **wanted)
         try:
             from timm.optim import create_optimizer_v2
@@ -220,6 +221,8 @@ class ModelBase:
             else:
                 of = name.removeprefix("optimizer")
                 state: dict[str, Any] = dict(self.optimizers[of].state_dict())
+                if (kind := self.opt.train.optimizer(_side(of)).type) not in _ADAM:
+                    state["type"] = kind
                 if self.scalers[of].is_enabled():
                     state["scaler"] = self.scalers[of].state_dict()
                 written[path.name] = save_atomically(state, path)
@@ -249,9 +252,14 @@ class ModelBase:
                 continue
             of = name.removeprefix("optimizer")
             optimizer = self.optimizers[of]
-            settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            settings = [
+                {k: v for k, v in group.items() if k not in ("params", "step")} for group in optimizer.param_groups
+            ]
             try:
                 state = load_checkpoint_file(path, fingerprint)
+                made_by, kind = state.pop("type", "adam"), self.opt.train.optimizer(_side(of)).type
+                if made_by != kind and not {made_by, kind} <= set(_ADAM):
+                    raise ValueError(f"it is of {made_by}, not {kind}")
                 scaler = state.pop("scaler", None)  # of the same run in another precision: none, or of no use
                 if scaler and self.scalers[of].is_enabled():
                     self.scalers[of].load_state_dict(scaler)

@@ -31,8 +31,8 @@ _WAIT = 1.0  # seconds before the first of them, doubled for each next
 class Published:
     """A file that its authors published, or, where ``url`` is None, one that a user gets from ``page`` by hand.
 
-    ``weights`` is how many its network has; ``licence`` that of the repository which publishes it, as its licence file
-    or README says; None = not known to us.
+    ``weights`` is how many its network has; ``licence`` that of the repository which it is fetched from, as its licence
+    file or README says; None = not known to us.
     """
 
     group: str
@@ -97,7 +97,7 @@ PUBLISHED: tuple[Published, ...] = (
         "rrdbnet_basicsr",
         4,
         _RRDB,
-        "Apache-2.0",
+        "BSD-3-Clause",
         f"{_REAL_ESRGAN}v0.1.1/ESRGAN_SRx4_DF2KOST_official-ff704c30.pth",
         sha256="ff704c30",  # BasicSR's publishing script ends names with the first digits of the hash
     ),
@@ -160,7 +160,15 @@ PUBLISHED: tuple[Published, ...] = (
     _by_hand("elan", "elan", "bicubic, PSNR", "elan", "https://github.com/xindongzhang/ELAN", 8_487_408),
     _by_hand("ldl", "ldl", "bicubic, GAN", "rrdbnet_basicsr", "https://github.com/csjliang/LDL", _RRDB, "Apache-2.0"),
     _by_hand("spsr", "spsr", "bicubic, GAN", "spsr", "https://github.com/Maclory/SPSR", 24_796_248),
-    _by_hand("ssl", "ssl", "every system of the paper", "several", "https://github.com/ChrisDud0257/SSL", None),
+    _by_hand(
+        "ssl",
+        "ssl",
+        "every system of the paper",
+        "several",
+        "https://github.com/ChrisDud0257/SSL",
+        None,
+        "Apache-2.0",
+    ),
 )
 
 

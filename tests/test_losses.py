@@ -259,6 +259,14 @@ def test_the_colour_loss_of_half_precision_is_taken_in_float32() -> None:
     assert torch.equal(inside, color_loss(E.float(), H))
 
 
+@pytest.mark.parametrize("length", [16, 17, 23, 24, 31])
+def test_every_pixel_counts_in_the_colour_loss(length: int) -> None:
+    E = leaf(torch.full((1, 1, length, 40), 0.6, dtype=torch.float64))
+    color_loss(E, torch.full((1, 1, length, 40), 0.5, dtype=torch.float64)).backward()
+    assert E.grad is not None
+    assert (E.grad > 0).all()
+
+
 @pytest.mark.parametrize("size", [(5, 40), (40, 5), (3, 3)])
 def test_the_colour_loss_takes_images_smaller_than_its_areas(size: tuple[int, int]) -> None:
     H = torch.zeros(1, 3, *size)

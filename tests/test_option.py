@@ -598,6 +598,11 @@ WRONG = [
     (["train.G_scheduler_type=CosineAnnealingLR"], "train.iterations", "required"),
     (["train.D_scheduler_type=CosineAnnealingLR"], "train.iterations", "required"),
     (
+        ["train.D_scheduler_type=CosineAnnealingLR", "train.iterations=4", "train.D_scheduler_eta_min=1"],
+        "train.D_scheduler_eta_min",
+        "more than the rate it falls from",
+    ),
+    (
         ["train.D_scheduler_type=CosineAnnealingLR", "train.D_scheduler_warmup=4", "train.iterations=4"],
         "train.D_scheduler_warmup",
         "must be more",

@@ -89,7 +89,7 @@ def test_multiscale_versions_have_the_published_sizes(tmp_path):
 def test_multiscale_enlarges_nothing_and_counts_what_is_too_small(tmp_path, photos, capsys):
     # 50x61, 57x60 and 64x59, rows first: one shorter side is not below 58
     command = "multiscale --shortest 58 --min_side 0 --factors 1/2"
-    why = "a shorter side below 58, and an enlarged photograph is no ground truth"
+    why = "a shorter side below 58, and an enlarged photograph is no ground truth (--enlarge)"
     for more in ("--dry-run", "", ""):  # the last finds all finished
         assert prepare(f"{command} {more}", photos, tmp_path / "out") == 0
         assert capsys.readouterr().err.splitlines() == [f"2 images without S: {why}"]
@@ -99,6 +99,18 @@ def test_multiscale_enlarges_nothing_and_counts_what_is_too_small(tmp_path, phot
     assert prepare("multiscale --shortest 58 --min_side 51", photos, tmp_path / "large") == 0
     assert sorted(capsys.readouterr().err.splitlines()) == [f"1 image left out: {why}", f"1 image without S: {why}"]
     assert not list((tmp_path / "large").glob("a*.png"))
+
+
+def test_a_folder_of_multiscale_from_before_enlarge_was_a_choice_is_gone_on_with_by_it(tmp_path, photos):
+    command = "multiscale --shortest 58 --min_side 0 --factors 1/2"
+    assert prepare(f"{command} --enlarge", photos, tmp_path / "out") == 0
+    written = tmp_path / "out" / "prepared.json"
+    said = json.loads(written.read_text())
+    del said["settings"]["enlarge"]
+    written.write_text(json.dumps(said))
+    with pytest.raises(UserError, match="was prepared with enlarge True, not False"):
+        prepare(command, photos, tmp_path / "out")
+    assert prepare(f"{command} --enlarge", photos, tmp_path / "out") == 0
 
 
 def test_multiscale_is_lanczos_and_keeps_gray_and_16_bits(tmp_path, photos):

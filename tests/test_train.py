@@ -183,6 +183,41 @@ def test_every_optimizer_moves_its_network_and_goes_on_where_it_was(work: Workpl
         assert not all(map(torch.equal, work.saved(2)[net].values(), work.saved(4)[net].values()))
 
 
+OF_TIMM = [name for name in get_args(OptimizerName) if name not in ("adam", "adamw")]
+
+
+@pytest.mark.parametrize("name", OF_TIMM)
+def test_what_the_options_say_reaches_timms_optimizers(work: Workplace, name: str) -> None:
+    pytest.importorskip("timm", reason="timm is not installed: pip install -r requirements-extra.txt")
+    betas = [0.8, 0.85, 0.9][: 3 if name == "adan" else 2]
+    options = (f"train.G_optimizer_type={name}", f"train.G_optimizer_betas={betas}", "train.G_optimizer_wd=0.25")
+    (group,) = work.model(*options).optimizers["G"].param_groups
+    assert (group["lr"], group["weight_decay"], list(group["betas"])) == (1e-3, 0.25, betas)
+
+
+@pytest.mark.parametrize(("before", "after"), [("adam", "adan"), ("lion", "adam"), ("nadamw", "radamw")])
+def test_a_run_goes_on_with_the_optimizer_it_began_with(work: Workplace, before: str, after: str) -> None:
+    pytest.importorskip("timm", reason="timm is not installed: pip install -r requirements-extra.txt")
+    work.run(f"train.G_optimizer_type={before}", "train.iterations=2")
+    with pytest.raises(UserError, match=rf"2_optimizerG.pth: does not fit .* \(it is of {before}, not {after}\)"):
+        work.run(f"train.G_optimizer_type={after}")
+
+
+def test_adam_and_adamw_go_on_from_each_other(work: Workplace) -> None:
+    work.run("train.iterations=2", "train.G_optimizer_type=adamw")
+    work.run("train.iterations=3", "train.G_optimizer_type=adam")
+    assert work.saved(3)["optimizerG"]["state"][0]["step"] == 3
+
+
+def test_an_older_checkpoint_of_adan_brings_its_own_step_count(work: Workplace) -> None:
+    pytest.importorskip("timm", reason="timm is not installed: pip install -r requirements-extra.txt")
+    work.run("train.G_optimizer_type=adan")
+    model = work.model("train.G_optimizer_type=adan")
+    for step in (4, 2):
+        model.load(work.folder() / "models", step)
+        assert model.optimizers["G"].param_groups[0]["step"] == step
+
+
 def test_moments_of_another_network_are_refused_of_every_optimizer(work: Workplace) -> None:
     pytest.importorskip("timm", reason="timm is not installed: pip install -r requirements-extra.txt")
     work.run("train.G_optimizer_type=lion", "train.iterations=2")

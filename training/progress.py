@@ -1,6 +1,7 @@
 """Where a run's numbers go: a line in the log, the progress bar, TensorBoard."""
 
 import logging
+import re
 import sys
 import threading
 import time
@@ -19,8 +20,9 @@ logger = logging.getLogger(__name__)
 tqdm.set_lock(threading.RLock())
 
 
-# How what is no weighted loss ends: parts of one, the discriminators' logits and their losses, norms of gradients.
-_DETAILS = ("_l1", "_kl", "_real", "_fake", "_grad")
+# What is no weighted loss of a generator: parts of SSL, the discriminators' losses and logits, norms of gradients.
+_JUDGED = re.compile(r"[A-Z]\w*_(real|fake)")
+_DETAIL = re.compile(rf"ssl_(l1|kl)|l_\w+_(real|fake)|[A-Z]\w*_grad|{_JUDGED.pattern}")
 
 
 def duration(seconds: float) -> str:
@@ -95,14 +97,16 @@ class Progress:
         memory = f" mem {torch.cuda.max_memory_allocated(device) / 2**30:.1f}G" if device.type == "cuda" else ""
         head = f"step {self.step}{left} lr {lr:.2e} data {data_time:.3f}s step {step_time:.3f}s{memory}"
         # Sorted: which of them comes first depends on the step, while the discriminator trains alone for example.
-        details = sorted(name for name in means if name.endswith(_DETAILS))
+        details = sorted(filter(_DETAIL.fullmatch, means))
         losses = [name for name in means if name not in details]
 
         def numbers(*names: str) -> str:
-            return " ".join(f"{name} {means[name]:.3g}" for name in names if name in means)
+            return " ".join(f"{name} {means[name]:.3g}" for name in names)
 
-        rows = f"{head}\n  {numbers(*losses, 'D_real', 'D_fake')}"
-        logger.info(f"{head} | {numbers(*losses, *details)}", extra={"terminal": rows})
+        judged = sorted(filter(_JUDGED.fullmatch, means), reverse=True)  # real first
+        second = numbers(*losses, *judged)
+        terminal = f"{head}\n  {second}" if second else head
+        logger.info(f"{head} | {numbers(*losses, *details)}", extra={"terminal": terminal})
 
     def scalars(self, prefix: str, values: dict[str, float]) -> None:
         """Numbers for TensorBoard."""

@@ -51,17 +51,20 @@ _UNIONS = {"netG": (NetG, "net_type"), "netD": (NetD, "net_type"), "diffusion": 
 
 # ---------------------------------------------------------------------------------------------------------- reading
 
-_STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*')
+# The closing quote may lack: text that is tried again from each of its quotes takes quadratic time.
+_STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"?|//[^\n]*')
 
 
 # A comma behind a value and before a bracket: what is left where the last of several entries is a comment.
-_STRING_OR_LAST_COMMA = re.compile(r'"(?:\\.|[^"\\\n])*"(?:\s*,(?=\s*[}\]]))?|[\w}\]]\s*,(?=\s*[}\]])')
+_STRING_OR_LAST_COMMA = re.compile(
+    r'"(?:\\.|[^"\\\n])*(?:"(?:\s*(?P<a>,)(?=\s*[}\]]))?)?|[\w}\]]\s*(?P<b>,)(?=\s*[}\]])'
+)
 
 
 def strip_comments(text: str) -> str:
     """Blank out ``//`` comments outside strings and commas before a closing bracket; the rest keeps its place."""
     text = _STRING_OR_COMMENT.sub(lambda m: m[0] if m[0][0] == '"' else " " * len(m[0]), text)
-    return _STRING_OR_LAST_COMMA.sub(lambda m: m[0][:-1] + " " if m[0][-1] == "," else m[0], text)
+    return _STRING_OR_LAST_COMMA.sub(lambda m: m[0][:-1] + " " if m["a"] or m["b"] else m[0], text)
 
 
 _WORDS = {"none": "null", "null": "null", "nil": "null", "undefined": "null"}

@@ -47,7 +47,7 @@ def problems(opt: Options) -> Iterator[str]:
         yield "datasets.train: is required for training"
         return
     size = patch_size(opt.train_set)
-    yield from _schedule(opt)
+    yield from _schedule(opt, "G", *(["D"] if opt.model in ("gan", "spsr") else []))
     yield from _model_dm(opt)
     yield from _training_data(opt.train_set, opt.train)
     yield from _similarity(opt.train, size)
@@ -265,12 +265,12 @@ def _ranker(opt: Options) -> Iterator[str]:
         if name == "train" and data.H_size < 32:
             yield f"{key}.H_size: the ranker needs patches of at least 32 pixels, not {data.H_size}"
     yield from _betas(opt.train, "R")
-    yield from _schedule(opt)
+    yield from _schedule(opt, "R")
 
 
-def _schedule(opt: Options) -> Iterator[str]:
+def _schedule(opt: Options, *sides: Side) -> Iterator[str]:
     train = opt.train
-    cosines = [side for side in ("G", "D", "R") if train[f"{side}_scheduler_type"] == "CosineAnnealingLR"]
+    cosines = [side for side in sides if train[f"{side}_scheduler_type"] == "CosineAnnealingLR"]
     if cosines and train.iterations is None:
         yield "train.iterations: is required for CosineAnnealingLR, which ends there"
         return
@@ -278,6 +278,9 @@ def _schedule(opt: Options) -> Iterator[str]:
         warmup = train[f"{side}_scheduler_warmup"]
         if warmup >= train.iterations:
             yield f"train.{side}_scheduler_warmup: {warmup}: iterations, {train.iterations}, must be more"
+        eta_min, lr = train[f"{side}_scheduler_eta_min"], train[f"{side}_optimizer_lr"]
+        if eta_min > lr:
+            yield f"train.{side}_scheduler_eta_min: {eta_min:g}: is more than the rate it falls from, {lr:g}"
 
 
 def _model_dm(opt: Options) -> Iterator[str]:

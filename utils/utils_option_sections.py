@@ -191,7 +191,7 @@ Side = Literal["G", "D", "R"]
 
 
 # The first two are PyTorch's, the others timm's.
-OptimizerName = Literal["adam", "adamw", "adan", "adopt", "lamb", "lion", "nadamw", "radamw"]
+OptimizerName = Literal["adam", "adamw", "adan", "adopt", "lion", "nadamw", "radamw"]
 SchedulerName = Literal["MultiStepLR", "CosineAnnealingLR"]
 Betas = Annotated[list[float], Field(min_length=2, max_length=3)] | None
 _BETAS = "two numbers, of adan three; null = the optimizer's own, Adam's are 0.9 and 0.999"

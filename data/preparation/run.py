@@ -282,6 +282,8 @@ def check_settings(command: str, settings: Mapping[str, Any], inputs: Sequence[s
     if not (isinstance(before, dict) and isinstance(before.get("settings"), dict)):
         raise UserError(f"{output / SETTINGS}: holds no settings; give a new folder")
     now = _description(command, settings, inputs)
+    if command == "multiscale":  # made before there was a choice, when it always enlarged
+        before["settings"].setdefault("enlarge", True)
     if before == now:
         return
     if before.get("command") != command:

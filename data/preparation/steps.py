@@ -92,7 +92,8 @@ class Multiscale(arguments.Multiscale, ImageStep):
         if min(size) >= self.shortest or self.enlarge:
             return ""
         without = f"without {self.shortest_name}" if self._sizes(name, size) else "left out"
-        return f"{without}: a shorter side below {self.shortest}, and an enlarged photograph is no ground truth"
+        why = "and an enlarged photograph is no ground truth (--enlarge)"
+        return f"{without}: a shorter side below {self.shortest}, {why}"
 
     def _sizes(self, name: str, size: tuple[int, int]) -> dict[str, tuple[int, int]]:
         """The (height, width) of each file."""
