@@ -179,6 +179,7 @@ MISTAKES = {
     "negative pixel": ("a.png --pixel -1 3", "X is 0 to 39"),
     "pixel is no number": ("a.png --pixel x 3", "--pixel"),
     "another size": ("a.png --other small.png", r"small\.png is 12x12, a\.png 40x30"),
+    "cut to a multiple of nothing": ("a.png --other odd.png", r"odd\.png is 39x29, a\.png 40x30"),
     "cut by 8": ("a.png --other cut8.png", r"cut8\.png is 40x22, a\.png 40x30"),
     "larger": ("a.png --other wide.png", r"wide\.png is 44x28, a\.png 40x30"),
     "too small": ("small.png --pixel 1 1", "over 12 pixels"),
@@ -197,6 +198,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, monkeypatch, mistake
     imsave(photograph(30, 40), "a.png")
     imsave(photograph(12, 12), "small.png")
     imsave(photograph(22, 40), "cut8.png")
+    imsave(photograph(29, 39), "odd.png")
     imsave(photograph(28, 44), "wide.png")  # larger in one direction, smaller in the other
     imsave(np.full((30, 30, 3), 9, np.uint8), "flat.png")
     Path("note.txt").write_text("no image")
