@@ -47,7 +47,9 @@ def problems(opt: Options) -> Iterator[str]:
         yield "datasets.train: is required for training"
         return
     size = patch_size(opt.train_set)
-    yield from _schedule(opt, "G", *(["D"] if opt.model in ("gan", "spsr") else []))
+    yield from _schedule(opt, "G")
+    if opt.model in ("gan", "spsr"):
+        yield from _schedule(opt, "D")
     yield from _model_dm(opt)
     yield from _training_data(opt.train_set, opt.train)
     yield from _similarity(opt.train, size)
@@ -268,19 +270,18 @@ def _ranker(opt: Options) -> Iterator[str]:
     yield from _schedule(opt, "R")
 
 
-def _schedule(opt: Options, *sides: Side) -> Iterator[str]:
+def _schedule(opt: Options, side: Side) -> Iterator[str]:
     train = opt.train
-    cosines = [side for side in sides if train[f"{side}_scheduler_type"] == "CosineAnnealingLR"]
-    if cosines and train.iterations is None:
-        yield "train.iterations: is required for CosineAnnealingLR, which ends there"
+    if train[f"{side}_scheduler_type"] != "CosineAnnealingLR":
         return
-    for side in cosines:
-        warmup = train[f"{side}_scheduler_warmup"]
-        if warmup >= train.iterations:
-            yield f"train.{side}_scheduler_warmup: {warmup}: iterations, {train.iterations}, must be more"
-        eta_min, lr = train[f"{side}_scheduler_eta_min"], train[f"{side}_optimizer_lr"]
-        if eta_min > lr:
-            yield f"train.{side}_scheduler_eta_min: {eta_min:g}: is more than the rate it falls from, {lr:g}"
+    warmup = train[f"{side}_scheduler_warmup"]
+    if train.iterations is None:
+        yield "train.iterations: is required for CosineAnnealingLR, which ends there"
+    elif warmup >= train.iterations:
+        yield f"train.{side}_scheduler_warmup: {warmup}: iterations, {train.iterations}, must be more"
+    eta_min, lr = train[f"{side}_scheduler_eta_min"], train[f"{side}_optimizer_lr"]
+    if eta_min > lr:
+        yield f"train.{side}_scheduler_eta_min: {eta_min:g}: is more than the rate it falls from, {lr:g}"
 
 
 def _model_dm(opt: Options) -> Iterator[str]:

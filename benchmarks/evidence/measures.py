@@ -58,8 +58,8 @@ def lattice_share(E: Picture, period: int = 4, border: int = 4) -> float:
     rows, columns = (side // BLOCK for side in luma.shape)
     if not rows * columns:
         return float("nan")
-    blocks = luma[: rows * BLOCK, : columns * BLOCK].reshape(rows, BLOCK, columns, BLOCK).swapaxes(1, 2)
-    blocks = blocks.reshape(-1, BLOCK, BLOCK)
+    inside = luma[: rows * BLOCK, : columns * BLOCK].reshape(rows, BLOCK, columns, BLOCK)
+    blocks = inside.swapaxes(1, 2).reshape(-1, BLOCK, BLOCK)
     window = np.outer(np.hanning(BLOCK), np.hanning(BLOCK))
     spectrum = np.abs(np.fft.fft2((blocks - blocks.mean((1, 2), keepdims=True)) * window)) ** 2
     at, found = BLOCK // period, np.zeros(len(blocks), bool)
