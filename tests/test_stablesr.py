@@ -592,7 +592,8 @@ def test_the_recipe_has_the_figures_of_the_ssl_papers_code() -> None:
         *("stablesr", 256, [1, 1, 2, 2], 4),
     )
     assert (train.G_optimizer_type, train.G_optimizer_lr, train.G_optimizer_wd) == ("adamw", 5e-5, 0.01)
-    assert (train.G_optimizer_betas, train.G_scheduler_milestones) == ([0.9, 0.999], [])
+    # null: AdamW's own betas, 0.9 and 0.999
+    assert (train.G_optimizer_betas, train.G_scheduler_milestones) == (None, [])
     assert (train.iterations, data.dataloader_batch_size, data.H_size) == (800_000, 48, 512)
     assert data.degradation_type == "stablesr"
     assert (train.dm_weight, train.G_lossfn_type, train.G_lossfn_weight) == (1, "l1", 0.1)
