@@ -11,6 +11,7 @@ OUTPUT is by default the run's folder export/, or ./export for checkpoints outsi
 safetensors, pth   chaiNNer, ComfyUI and whatever else reads by spandrel; this program
 onnx               onnxruntime, DirectML, TensorRT, browsers; any size of image
 ncnn               Real-ESRGAN's ncnn programs, Upscayl; GPUs of all makers, by Vulkan
+torchscript        torch.jit.load, libtorch in C++; PyTorch is leaving this format behind
 
 Of several formats all are written or, where one cannot be, none.
 """
@@ -20,25 +21,24 @@ from collections.abc import Sequence
 
 from utils.utils_error import ArgumentParser, run
 
-FORMATS = ("safetensors", "pth", "onnx", "ncnn")
+FORMATS = ("safetensors", "pth", "onnx", "ncnn", "torchscript")
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     parser.add_argument("--model_path", required=True, metavar="[NAME=]PATH", help="checkpoint file or run's folder")
     parser.add_argument("--format", nargs="+", required=True, choices=FORMATS, help="one or several")
-    parser.add_argument("--precision", choices=("fp32", "fp16"), help="of the weights (default fp32; ncnn: fp16)")
+    parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help="of weights; default fp32, ncnn fp16")
     parser.add_argument("--output", metavar="FOLDER", help="where the files go")
     parser.add_argument("--scale", type=int, help="needed only where the weights leave it open")
     parser.add_argument("--param_key", help="which weights of the file; default an average, else params, else all")
-    parser.add_argument(
-        "--size", nargs=2, type=int, metavar=("H", "W"), help="onnx: for L of this size alone (default any size)"
-    )
+    text = "onnx, torchscript: for L of this size alone (default any size)"
+    parser.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     args = parser.parse_args(argv)
     args.format = list(dict.fromkeys(args.format))
-    if args.size and ("onnx" not in args.format or min(args.size) < 1):
-        parser.error("--size H W: is for --format onnx, in pixels of L")
+    if args.size and (not {"onnx", "torchscript"} & {*args.format} or min(args.size) < 1):
+        parser.error("--size H W: is for --format onnx and torchscript, in pixels of L")
     return args
 
 

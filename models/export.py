@@ -5,6 +5,7 @@ network here does, and only then take their names.
 """
 
 import copy
+import json
 import logging
 import math
 import warnings
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from models.card import header_of, network_of, training_of
 from models.export_card import Facts, Made, model_card, open_model_db
 from models.export_ncnn import ncnn_description, published_weights, write_ncnn
-from models.export_onnx import write_onnx
+from models.export_onnx import TRACED, write_onnx
 from models.network_spandrel import SpandrelNetwork
 from models.network_srvgg import SRVGGNetCompact
 from models.restorer import Restorer, load_restorer, run_folder, run_options
@@ -43,6 +44,8 @@ Restore = Callable[[Tensor], Tensor]
 
 # Of each format its files, in the order in which they take their names: what names another comes after it.
 _SUFFIXES = {"safetensors": (".safetensors",), "pth": (".pth",), "onnx": (".onnx",), "ncnn": (".bin", ".param")}
+_SUFFIXES |= {"torchscript": (".pt",)}
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _SIZES = (40, 56), (33, 47)  # of the photographs on which files are tried: a multiple of windows, and none
 _INSTALL = "pip install -r requirements-dev.txt"
 _SAME = 0.1  # levels of 255: far above what sums in another order make of float32, far below what can be seen
@@ -62,20 +65,28 @@ class ImageOnly(nn.Module):
 
 @dataclass(frozen=True)
 class _Job:
-    """A file to make; ``netG`` computes in float32, with weights that were float16 where ``half``."""
+    """A file to make; ``netG`` computes in float32, with weights that are numbers of the file's ``precision``."""
 
     model: Restorer
     netG: nn.Module
-    half: bool
+    precision: str  # of _DTYPES
     size: tuple[int, int] | None  # of L, where the file is for one size
+
+    @property
+    def half(self) -> bool:
+        """Whether it costs something."""
+        return self.precision != "fp32"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _DTYPES[self.precision]
 
     @property
     def weights(self) -> dict[str, Tensor]:
         """By the names that other programs know, in the precision of the file."""
         weights = published_weights(self.netG) or self.netG.state_dict()
-        dtype = torch.float16 if self.half else torch.float32
         return {
-            name: value.detach().to(dtype if value.is_floating_point() else value.dtype)
+            name: value.detach().to(self.dtype if value.is_floating_point() else value.dtype)
             for name, value in weights.items()
         }
 
@@ -85,8 +96,8 @@ class _Job:
         network = network_of(self.model.options)
         if isinstance(self.netG, SRVGGNetCompact):
             network["netG"] = {**network["netG"], "act_type": "prelu"}  # see published_weights
-        precision = "float16" if self.half else "float32"
-        return header_of(network) | training_of(self.model.checkpoint) | {"precision": precision}
+        precision = {"precision": str(self.dtype).removeprefix("torch.")}
+        return header_of(network) | training_of(self.model.checkpoint) | precision
 
     @cached_property
     def pictures(self) -> list[Tensor]:
@@ -119,8 +130,10 @@ def export(args: Namespace) -> list[Path]:
     for format in args.format:
         usual = "fp16" if format == "ncnn" else "fp32"
         precision = args.precision or usual
-        netG = model.netG if precision == "fp32" else _rounded(model.netG, kernels_alone=format == "ncnn")
-        jobs[format] = _Job(model, netG, precision == "fp16", tuple(args.size) if args.size else None)
+        if precision == "bf16" and format in ("onnx", "ncnn"):
+            raise UserError(f"--format {format}: no program runs such a file in bf16; give --precision fp16 or fp32")
+        netG = _rounded(model.netG, _DTYPES[precision], kernels_alone=format == "ncnn")
+        jobs[format] = _Job(model, netG, precision, tuple(args.size) if args.size else None)
         name = safe_name(label if precision == usual else f"{label}_{precision}")
         files[format] = [name + suffix for suffix in _SUFFIXES[format]]
     about = [f"{safe_name(label)}{suffix}" for suffix in (".md", ".json")]
@@ -144,22 +157,24 @@ def export(args: Namespace) -> list[Path]:
     return [*final.values()]
 
 
-def _rounded(netG: nn.Module, kernels_alone: bool) -> nn.Module:
-    """A copy whose weights are numbers of float16; ncnn's are so in the kernels alone, not in biases and slopes."""
+def _rounded(netG: nn.Module, dtype: torch.dtype, kernels_alone: bool) -> nn.Module:
+    """A copy whose weights are numbers of ``dtype``; ncnn's are so in the kernels alone, not in biases and slopes."""
+    if dtype == torch.float32:
+        return netG
     netG = copy.deepcopy(netG)
     if not kernels_alone:
-        return netG.half().float()
+        return netG.to(dtype).float()
     for weight in netG.parameters():
         if weight.ndim == 4:
-            weight.copy_(weight.half())
+            weight.copy_(weight.to(dtype))
     return netG
 
 
 def _make(format: str, job: _Job, files: list[Path]) -> Made:
     """Write the files of one format and try them."""
-    write = {"safetensors": _safetensors, "pth": _pth, "onnx": _onnx, "ncnn": _ncnn}[format]
-    said = write(job, files[-1])
-    return Made.of(format, "fp16" if job.half else "fp32", files, said)
+    write = {"safetensors": _safetensors, "pth": _pth, "onnx": _onnx, "ncnn": _ncnn, "torchscript": _torchscript}
+    said = write[format](job, files[-1])
+    return Made.of(format, job.precision, files, said)
 
 
 # -------------------------------------------------------------------------------------------------------------- tried
@@ -297,14 +312,13 @@ def _by_ncnn(path: Path) -> Restore:
 
 
 def _onnx(job: _Job, path: Path) -> str:
-    dtype = torch.float16 if job.half else torch.float32
-    netG = copy.deepcopy(job.netG).to(dtype)
+    netG = copy.deepcopy(job.netG).to(job.dtype)
     try:
         write_onnx(ImageOnly(netG), path, job.model.n_channels, job.size, job.header)
     except ImportError as error:
         raise UserError(f"--format onnx needs the packages onnx and onnxscript; {_INSTALL}") from error
     except UserError as error:
-        raise _not_for_any_size(job, str(error)) from error
+        raise _not_for_any_size(job, "an ONNX", str(error)) from error
     if find_spec("onnxruntime") is None:
         return f"not checked: onnxruntime is not installed ({_INSTALL}){_cost(job)}"
     try:
@@ -312,12 +326,30 @@ def _onnx(job: _Job, path: Path) -> str:
         said = _tried(job, "onnxruntime", _by_onnxruntime(path), None if job.half else _SAME)
         return f"{said}{' on a CPU' if job.half else ''}"
     except UserError as error:
-        raise _not_for_any_size(job, str(error)) from error
+        raise _not_for_any_size(job, "an ONNX", str(error)) from error
 
 
-def _not_for_any_size(job: _Job, why: str) -> UserError:
+def _not_for_any_size(job: _Job, kind: str, why: str) -> UserError:
     remedy = "" if job.size else "; --size H W makes a file for images of one size"
-    return UserError(f"{job.model.checkpoint}: cannot be an ONNX file: {why}{remedy}")
+    return UserError(f"{job.model.checkpoint}: cannot be {kind} file: {why}{remedy}")
+
+
+def _torchscript(job: _Job, path: Path) -> str:
+    network: nn.Module = ImageOnly(copy.deepcopy(job.netG).to(job.dtype)).eval()
+    example = torch.rand(1, job.model.n_channels, *(job.size or TRACED))
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # of what depends on the size; whether it matters is tried
+            if job.size:  # leaves what windows compute from the size, which tracing stumbles over, as numbers
+                network = torch.export.export(network, (example,), strict=False).module()
+            traced = torch.jit.trace(network, (example,), check_trace=False)
+            traced.save(str(path), _extra_files={"header.json": json.dumps(job.header)})
+            read = torch.jit.load(str(path))
+        return _tried(job, "TorchScript", read, None if job.half else _SAME)
+    except UserError as error:
+        raise _not_for_any_size(job, "a TorchScript", str(error)) from error
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise _not_for_any_size(job, "a TorchScript", f"it is not traced ({_first_line(error)})") from error
 
 
 def _by_onnxruntime(path: Path) -> Restore:

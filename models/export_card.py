@@ -47,6 +47,7 @@ _USE = {
     "`python main_test.py --model_path {name} --input FOLDER`",
     "pth": "as .safetensors, where only .pth is taken",
     "onnx": "onnxruntime and chaiNNer (ONNX): input `input` and output `output`, float32, N x C x H x W, in [0, 1]",
+    "torchscript": 'PyTorch, also in C++: `torch.jit.load("{name}")` of L, float32, N x C x H x W, in [0, 1]',
     "ncnn": "Real-ESRGAN's ncnn programs, Upscayl, chaiNNer (NCNN): `realesrgan-ncnn-vulkan -m FOLDER -n {stem} "
     "-s {scale} -i IN -o OUT`; blobs `data` and `output`, RGB in [0, 1]",
 }

@@ -15,7 +15,7 @@ from utils.utils_error import UserError
 
 OPSET = 18  # the exporter's own; what is higher it converts to, and programs of before 2024 do not read
 # Neither side divides by a window or a fold: so the network's filling up is part of the file, whatever the size.
-_TRACED = (67, 91)
+TRACED = (67, 91)
 
 
 def write_onnx(
@@ -36,7 +36,7 @@ def write_onnx(
 
     any_size = {axis: torch.export.Dim.DYNAMIC for axis in (0, 2, 3)}
     # Two images: one would be taken for what never changes.
-    example = torch.rand(1, n_channels, *size) if size else torch.rand(2, n_channels, *_TRACED)
+    example = torch.rand(1, n_channels, *size) if size else torch.rand(2, n_channels, *TRACED)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             warnings.simplefilter("ignore")

@@ -235,14 +235,65 @@ def test_a_file_for_one_size_takes_this_size_alone(tmp_path: Path, onnxruntime: 
     assert_same_image(torch.from_numpy(E), here(path, image()))
 
 
+# ----------------------------------------------------------------------------------------------------- torchscript
+
+
+@pytest.mark.parametrize(
+    ("scale", "netG"),
+    [
+        (4, COMPACT),
+        (4, {"net_type": "rrdbnet", **RRDB}),
+        (2, {"net_type": "rrdbnet_basicsr", **RRDB}),
+        (4, {"net_type": "msrresnet1", "nc": 8, "nb": 1}),
+    ],
+)
+def test_torchscript_restores_as_we_do_at_any_size(scale: int, netG: dict[str, Any], tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, scale, **netG)
+    extra = {"header.json": ""}
+    found = torch.jit.load(str(run(path, "--format", "torchscript") / f"{scale}x_net.pt"), _extra_files=extra)
+    with torch.no_grad():
+        assert_same_image(found(image()), here(path, image()))
+    network = json.loads(json.loads(extra["header.json"])["network"])
+    assert network["netG"]["net_type"] == netG["net_type"]
+
+
+@pytest.mark.parametrize("netG", [SWINIR, {"net_type": "elan", "m_elan": 2, "c_elan": 12}])
+def test_torchscript_of_a_network_that_it_fixes_to_a_size_says_how_it_goes(
+    netG: dict[str, Any], tmp_path: Path
+) -> None:
+    path = checkpoint(tmp_path, 2, **netG)
+    with pytest.raises(UserError, match=r"cannot be a TorchScript file: .*; --size H W makes a file for images of one"):
+        run(path, "--format", "torchscript")
+    found = torch.jit.load(str(run(path, "--format", "torchscript", "--size", "13", "18") / "2x_net.pt"))
+    with torch.no_grad():
+        assert_same_image(found(image()), here(path, image()))
+
+
 # --------------------------------------------------------------------------------------------------- half precision
+
+
+def test_bf16_halves_the_weights_where_a_program_reads_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    path = checkpoint(tmp_path)
+    folder = run(path, "--format", "safetensors", "pth", "torchscript", "--precision", "bf16")
+    for suffix in ("safetensors", "pth"):
+        weights = load_state_dict(folder / f"4x_net_bf16.{suffix}")
+        assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+    E = torch.jit.load(str(folder / "4x_net_bf16.pt"))(image())
+    assert E.dtype == torch.float32
+    costs = [float(m.partition("PSNR to fp32 ")[2].split()[0]) for m in caplog.messages if "PSNR to fp32" in m]
+    assert len(costs) == 3
+    assert all(40 < cost < 90 for cost in costs)  # 8 bits: 2^-9 of rounding is 54 dB
+    for format in ("onnx", "ncnn"):
+        with pytest.raises(UserError, match=f"--format {format}: no program runs such a file in bf16"):
+            run(path, "--format", format, "--precision", "bf16", "--overwrite")
 
 
 def test_half_precision_says_what_it_costs(tmp_path: Path, onnxruntime: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     path = checkpoint(tmp_path)
     folder = run(path, "--format", *FORMATS, "--precision", "fp16")
-    files = ["4x_net.param", *(f"4x_net_fp16.{suffix}" for suffix in ("onnx", "pth", "safetensors"))]
+    files = ["4x_net.param", *(f"4x_net_fp16.{suffix}" for suffix in ("onnx", "pt", "pth", "safetensors"))]
     told = [message for message in caplog.messages if "PSNR to fp32" in message]
     assert sorted(Path(message.partition(":")[0]).name for message in told) == files
     costs = [float(message.partition("PSNR to fp32 ")[2].split()[0]) for message in told]
