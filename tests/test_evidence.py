@@ -373,7 +373,8 @@ def made_up_results(folder: Path, base: str, gain: float) -> None:
         "base": base,
         "seeds": [0, 1],
         "steps": {"psnr": 40, base: 20},
-        "sets": {"Set5": 8},
+        "sets": {"Set5": 8, "demo": 3},
+        "measured": {"Set5": 8, "demo": 0},
     }
     facts |= {"curve_set": "Set5", "choosing_set": "Set14", "scale_down": 1, "precision": "fp32"}
     facts |= {"choice": {"chosen": 50, "seed": 0, "steps": 5, "tried": tried}, "ms": {"fp32": 10.0, "bf16": 12.0}}
@@ -395,7 +396,8 @@ def test_the_report_says_what_the_numbers_say(tmp_path, monkeypatch):
     made_up_results(tmp_path / "results" / "resshift", "resshift", gain=-0.5)
     text = write_report(tmp_path, monkeypatch)
     summary = text[text.index("## Summary") : text.index("## Bicubic")]
-    ours, blind, dm = summary.strip().split("\n")[2:]
+    ours, missing, blind, dm, _ = summary.strip().split("\n")[2:]
+    assert missing.endswith("demo: not measured yet.")
     assert ours.endswith("With SSL better: PSNR, ST-LPIPS-VGG; worse: none; undecided: artifacts (% > 100).")
     assert blind.endswith("not run yet.")
     assert dm.endswith("With SSL better: none; worse: PSNR, ST-LPIPS-VGG; undecided: artifacts (% > 100).")
@@ -422,7 +424,7 @@ def test_a_tiny_experiment_runs_from_photographs_to_the_report(tmp_path, monkeyp
     data, work = make_data(tmp_path / "data"), tmp_path / "work"
 
     def small_photographs(_trainsets: Path, testsets: Path) -> None:
-        (testsets / "demo").mkdir(parents=True)
+        (testsets / "demo").mkdir(parents=True, exist_ok=True)
         imsave(photograph(64, 72), str(testsets / "demo" / "a.png"))
 
     monkeypatch.setattr(run, "prepare_demo", small_photographs)
@@ -443,7 +445,20 @@ def test_a_tiny_experiment_runs_from_photographs_to_the_report(tmp_path, monkeyp
     assert ours
     assert all(np.isfinite([*map(row.get, (*plan.METRICS, "artifacts"))]).all() for row in ours)
     assert str(tmp_path) not in (results / "facts.json").read_text()
+
+    for file in (work / "bicubic" / "tests" / "test_Set5").rglob("results.csv"):
+        file.unlink()
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments, "--settings", "bicubic", "--so_far"])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        run.main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert json.loads((results / "facts.json").read_text())["measured"]["Set5"] == 0
+    assert {row["set"] for row in collect.read_rows(results / "images.csv")} == {"BSD100", "demo"}
     (tmp_path / "results").symlink_to(tmp_path / "work" / "results")
     text = write_report(tmp_path, monkeypatch)
     assert "its numbers mean nothing" in text
+    assert "### Set5\n\nNot measured yet." in text
     assert "### BSD100, 2 images" in text

@@ -38,10 +38,9 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _tested(plan: Plan, what: str, name: str) -> list[Row]:
-    """The rows of all chunks of a set."""
-    count = len(chunks(plan.sets[name]))
-    rows = [row for number in range(count) for row in read_rows(plan.results(what, number) / "results.csv")]
-    return [{**row, "set": name} for row in rows]
+    """The rows of those chunks of a set that have been measured."""
+    files = [plan.results(what, number) / "results.csv" for number in range(len(chunks(plan.sets[name])))]
+    return [{**row, "set": name} for file in files if file.exists() for row in read_rows(file)]
 
 
 def _rounded(rows: Iterable[Row]) -> list[Row]:
@@ -98,9 +97,10 @@ def choose(plan: Plan, weight: float) -> None:
 def collect(plan: Plan, weight: float, about: Mapping[str, Any], output: Path) -> None:
     """Write images.csv, curve.csv, facts.json and demo.png to ``output``, pictures of the sets to the work folder."""
     output.mkdir(parents=True, exist_ok=True)
-    rows, lattice_of_H = [], {}
+    rows, lattice_of_H, measured = [], {}, {}
     for name in plan.tested:
         of_set = _tested(plan, f"test_{name}", name)
+        measured[name] = len({row["image"] for row in of_set})
         lattice_of_H[name] = _add_artifacts(plan, name, of_set)
         rows += of_set
     write_csv(_rounded(rows), output / "images.csv")
@@ -119,10 +119,11 @@ def collect(plan: Plan, weight: float, about: Mapping[str, Any], output: Path) -
         "choosing_set": CHOOSING,
         "choice": read_json(plan.folder / "choice.json"),
         "lattice_of_H": lattice_of_H,
+        "measured": measured,
         **about,
     }
     save_json(content, output / "facts.json")
-    for name in plan.tested:
+    for name in filter(measured.get, plan.tested):
         # Photographs of the data sets belong to others and are not committed; the demo's are in the public domain.
         path = output / "demo.png" if name == "demo" else plan.folder / f"crops_{name}.png"
         _draw_crops(plan, name, [row for row in rows if row["set"] == name], path)

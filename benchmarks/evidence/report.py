@@ -91,7 +91,8 @@ def _set(rows: list[collect.Row], facts: dict[str, Any], name: str) -> tuple[lis
     images = len({row["image"] for row in rows})
     columns = ["metric", "bicubic", "psnr", base, f"{base} + SSL", "difference", "95 % interval", ""]
     columns += [f"seeds {', '.join(map(str, seeds))}", "images better", "largest gain", "largest loss"]
-    lines = [f"### {name}, {images} images", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    of_all = "" if images == facts["sets"][name] else f" of {facts['sets'][name]}; the others are not measured yet"
+    lines = [f"### {name}, {images} images{of_all}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     verdicts: dict[str, list[str]] = {"better": [], "worse": [], "undecided": []}
     for metric, (title, higher_better, spec) in _metrics(rows).items():
         names, without, with_ssl = collect.pairs(rows, base, seeds, metric)
@@ -186,11 +187,16 @@ def _setting(name: str, folder: Path, output: Path) -> tuple[list[str], list[str
     ]
     lines += ["", *_trials(facts)]
     summary = []
-    for of_set in facts["sets"]:
+    for of_set, count in facts["measured"].items():
+        if not count:
+            lines += ["", f"### {of_set}", "", "Not measured yet."]
+            summary.append(f"- {TITLES[name]}, {of_set}: not measured yet.")
+            continue
         table, verdicts = _set([row for row in rows if row["set"] == of_set], facts, of_set)
         lines += ["", *table]
         told = "; ".join(f"{verdict}: {', '.join(titles) or 'none'}" for verdict, titles in verdicts.items())
-        summary.append(f"- {TITLES[name]}, {of_set}. With SSL {told}.")
+        part = "" if count == facts["sets"][of_set] else f" ({count} of {facts['sets'][of_set]} images)"
+        summary.append(f"- {TITLES[name]}, {of_set}{part}. With SSL {told}.")
     figure = output.parent / f"evidence_{name}.png"
     lines += ["", "### The trade-off", "", *_curves(curve, facts, figure)]
     if (folder / "demo.png").exists():

@@ -214,6 +214,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, help="folder for the results (default benchmarks/evidence/results)")
     parser.add_argument("--processes", type=int, default=2, help="children at a time, one thread each (default 2)")
     parser.add_argument("--scale_down", type=int, default=1, metavar="N", help="an N-th of steps and images: a trial")
+    parser.add_argument("--so_far", action="store_true", help="write the results of what is measured, run nothing")
     parser.add_argument("--dry_run", action="store_true", help="print the plan, train nothing")
     args = parser.parse_args()
     if min(args.processes, args.scale_down) < 1:
@@ -275,7 +276,9 @@ def run_setting(plan: Plan, args: argparse.Namespace, facts: dict[str, Any], loc
     """All stages, then the result files."""
     state, logs = State(plan.folder / "state.json"), plan.folder / "logs"
     weight = collect.chosen(plan)
-    for number in range(len(plan.stages())):
+    if args.so_far and weight is None:
+        raise UserError(f"{plan.folder}: nothing is measured yet; without --so_far the same command goes on")
+    for number in range(0 if args.so_far else len(plan.stages())):
         stage = plan.stages(weight)[number]
         if any(not state.done(job) for job in stage.jobs):
             print_plan(plan, state, weight, args.processes)
