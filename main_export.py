@@ -11,7 +11,7 @@ OUTPUT is by default the run's folder export/, or ./export for checkpoints outsi
 safetensors, pth   chaiNNer, ComfyUI and whatever else reads by spandrel; this program
 onnx               onnxruntime, DirectML, TensorRT, browsers; any size of image
 ncnn               Real-ESRGAN's ncnn programs, Upscayl; GPUs of all makers, by Vulkan
-torchscript        torch.jit.load, libtorch in C++; PyTorch is leaving this format behind
+torchscript        torch.jit.load, libtorch in C++
 
 Of several formats all are written or, where one cannot be, none.
 """

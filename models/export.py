@@ -43,8 +43,10 @@ logger = logging.getLogger(__name__)
 Restore = Callable[[Tensor], Tensor]
 
 # Of each format its files, in the order in which they take their names: what names another comes after it.
-_SUFFIXES = {"safetensors": (".safetensors",), "pth": (".pth",), "onnx": (".onnx",), "ncnn": (".bin", ".param")}
-_SUFFIXES |= {"torchscript": (".pt",)}
+_SUFFIXES = {
+    **{"safetensors": (".safetensors",), "pth": (".pth",), "onnx": (".onnx",), "ncnn": (".bin", ".param")},
+    "torchscript": (".pt",),
+}
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _SIZES = (40, 56), (33, 47)  # of the photographs on which files are tried: a multiple of windows, and none
 _INSTALL = "pip install -r requirements-dev.txt"

@@ -92,9 +92,8 @@ def color_loss(E: Tensor, H: Tensor) -> Tensor:
     """How far the colours of E are from H's where only areas count: two ``(N, C, H, W)`` of one range -> a scalar.
 
     The L1 distance of their averages over 16 x 16 pixels, each 8 from the next and the last ones of what is left, or
-    over the whole of a smaller image.
-    A GAN may shift or tint areas, which neither the discriminator nor features forbid much; what lies within an area,
-    texture, this loss leaves to it. Zero for equal averages whatever the detail.
+    over the whole of a smaller image. A GAN may shift or tint areas, which neither the discriminator nor features
+    forbid much; what lies within an area, texture, this loss leaves to it. Zero for equal averages whatever the detail.
     """
     difference = E.to(torch.promote_types(E.dtype, torch.float32)) - H
     side = [min(_COLOR_SIDE, length) for length in difference.shape[-2:]]

@@ -420,6 +420,24 @@ def test_the_report_without_results_claims_nothing(tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------------------------------- end to end
 
 
+def test_a_result_that_is_missing_is_passed_over_only_where_that_is_asked_for(tmp_path):
+    made = make_plan(make_data(tmp_path))
+    with pytest.raises(FileNotFoundError):
+        collect._tested(made, "trials", "Set14")
+    assert collect._tested(made, "trials", "Set14", so_far=True) == []
+
+
+def run_main(monkeypatch, *arguments: str) -> None:
+    """The command line; it leaves the signals as they were."""
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        run.main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def test_a_tiny_experiment_runs_from_photographs_to_the_report(tmp_path, monkeypatch):
     data, work = make_data(tmp_path / "data"), tmp_path / "work"
 
@@ -430,13 +448,8 @@ def test_a_tiny_experiment_runs_from_photographs_to_the_report(tmp_path, monkeyp
     monkeypatch.setattr(run, "prepare_demo", small_photographs)
     monkeypatch.setitem(plan.SETTINGS, "bicubic", plan.SETTINGS["bicubic"]._replace(weights=(50,)))
     arguments = ["--data", str(data), "--work", str(work), "--seeds", "0", "--scale_down", "1500"]
-    monkeypatch.setattr(sys, "argv", ["run.py", *arguments, "--settings", "bicubic"])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        run.main()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    arguments += ["--settings", "bicubic"]
+    run_main(monkeypatch, *arguments)
     results = tmp_path / "work" / "results" / "bicubic"
     assert {path.name for path in results.iterdir()} == {"images.csv", "curve.csv", "facts.json", "demo.png"}
     rows = collect.read_rows(results / "images.csv")
@@ -448,13 +461,7 @@ def test_a_tiny_experiment_runs_from_photographs_to_the_report(tmp_path, monkeyp
 
     for file in (work / "bicubic" / "tests" / "test_Set5").rglob("results.csv"):
         file.unlink()
-    monkeypatch.setattr(sys, "argv", ["run.py", *arguments, "--settings", "bicubic", "--so_far"])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        run.main()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    run_main(monkeypatch, *arguments, "--so_far")
     assert json.loads((results / "facts.json").read_text())["measured"]["Set5"] == 0
     assert {row["set"] for row in collect.read_rows(results / "images.csv")} == {"BSD100", "demo"}
     (tmp_path / "results").symlink_to(tmp_path / "work" / "results")

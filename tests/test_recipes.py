@@ -237,13 +237,8 @@ TINY_G = {
 TERMS = {
     **{"gradient": "gradient_weight", "branch": "branch_weight", "D_grad_loss": "gradient_D_lossfn_weight"},
     **{"ldl": "ldl_weight", "best_buddy": "best_buddy_weight", "back_projection": "back_projection_weight"},
-    **{
-        "rank": "rank_weight",
-        "color": "color_weight",
-        "ssl": "ssl_l1_weight",
-        "G_loss": "G_lossfn_weight",
-        "D_loss": "D_lossfn_weight",
-    },
+    **{"rank": "rank_weight", "color": "color_weight", "ssl": "ssl_l1_weight"},
+    **{"G_loss": "G_lossfn_weight", "D_loss": "D_lossfn_weight"},
 }
 SAVED = {"plain": "", "gan": "D optimizerD", "spsr": "D D_grad optimizerD optimizerD_grad"}
 
@@ -268,11 +263,8 @@ def reduced(opt: Options, place: Path) -> list[str]:
     result = [f"path.root={place}", "path.pretrained_netG=null", f"datasets.train.dataroot_H={place / 'H'}"]
     result += [f"datasets.train.H_size={size}", "datasets.train.dataloader_batch_size=1"]
     result += ["datasets.train.dataloader_num_workers=0", "train.manual_seed=1", "train.checkpoint_print=1"]
-    result += [
-        "train.checkpoint_save=2",
-        "train.F_lossfn_weight=0",
-        "datasets.test=null",
-    ]  # VGG19's weights are a download
+    result += ["train.checkpoint_save=2", "datasets.test=null"]
+    result.append("train.F_lossfn_weight=0")  # VGG19's weights are a download
     if opt.train_set.lq_patchsize:
         result.append(f"datasets.train.lq_patchsize={size // 4}")
     result += [f"netG.{text}" for text in TINY_G[opt.netG.net_type]]

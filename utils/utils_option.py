@@ -53,8 +53,6 @@ _UNIONS = {"netG": (NetG, "net_type"), "netD": (NetD, "net_type"), "diffusion": 
 
 # The closing quote may lack: text that is tried again from each of its quotes takes quadratic time.
 _STRING_OR_COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"?|//[^\n]*')
-
-
 # A comma behind a value and before a bracket: what is left where the last of several entries is a comment.
 _STRING_OR_LAST_COMMA = re.compile(
     r'"(?:\\.|[^"\\\n])*(?:"(?:\s*(?P<a>,)(?=\s*[}\]]))?)?|[\w}\]]\s*(?P<b>,)(?=\s*[}\]])'

@@ -37,10 +37,10 @@ def read_rows(path: Path) -> list[Row]:
         ]
 
 
-def _tested(plan: Plan, what: str, name: str) -> list[Row]:
-    """The rows of those chunks of a set that have been measured."""
+def _tested(plan: Plan, what: str, name: str, so_far: bool = False) -> list[Row]:
+    """The rows of all chunks of a set; where it is of results ``so_far``, of those that have been measured."""
     files = [plan.results(what, number) / "results.csv" for number in range(len(chunks(plan.sets[name])))]
-    return [{**row, "set": name} for file in files if file.exists() for row in read_rows(file)]
+    return [{**row, "set": name} for file in files if file.exists() or not so_far for row in read_rows(file)]
 
 
 def _rounded(rows: Iterable[Row]) -> list[Row]:
@@ -94,18 +94,22 @@ def choose(plan: Plan, weight: float) -> None:
 # ------------------------------------------------------------------------------------------------------- all results
 
 
-def collect(plan: Plan, weight: float, about: Mapping[str, Any], output: Path) -> None:
-    """Write images.csv, curve.csv, facts.json and demo.png to ``output``, pictures of the sets to the work folder."""
+def collect(plan: Plan, weight: float, about: Mapping[str, Any], output: Path, so_far: bool = False) -> None:
+    """Write images.csv, curve.csv, facts.json and demo.png to ``output``, pictures of the sets to the work folder.
+
+    Args:
+        so_far: leave out what has not been measured; else all must be there.
+    """
     output.mkdir(parents=True, exist_ok=True)
     rows, lattice_of_H, measured = [], {}, {}
     for name in plan.tested:
-        of_set = _tested(plan, f"test_{name}", name)
+        of_set = _tested(plan, f"test_{name}", name, so_far)
         measured[name] = len({row["image"] for row in of_set})
         lattice_of_H[name] = _add_artifacts(plan, name, of_set)
         rows += of_set
     write_csv(_rounded(rows), output / "images.csv")
     points: dict[str, list[Row]] = {}
-    for row in _tested(plan, "curve", CURVE):
+    for row in _tested(plan, "curve", CURVE, so_far):
         if row["model"] != "bicubic":
             points.setdefault(row["model"], []).append(row)
     curve = [{"model": model, **{name: mean(its, name) for name in CURVE_METRICS}} for model, its in points.items()]
@@ -145,9 +149,10 @@ def _add_artifacts(plan: Plan, name: str, rows: list[Row]) -> float:
         if row["model"] == "bicubic":  # of it no picture is kept
             continue
         H, psnr, E = _pictures(plan, name, row["image"], ("psnr", row["model"]))
-        of_H[row["image"]] = lattice_share(H)
         row["lattice"] = lattice_share(E)
-        if row["model"] != "psnr":
+        if row["model"] == "psnr":  # once an image; it is what the others are compared with
+            of_H[row["image"]] = lattice_share(H)
+        else:
             row |= artifact_shares(E, psnr, H)
     return mean([{"lattice": value} for value in of_H.values()], "lattice")
 

@@ -16,8 +16,8 @@ PRICE = 0.25  # dB, what SSL may cost where its weight is chosen
 WINDOW = 7  # px, the side of the box that an error is averaged over
 # Squared levels of 255. Noise of 10 levels on top of the PSNR model's picture raises the local error by 100: on a flat
 # area it is plainly seen, while most of the fine texture of a GAN stays below. 5 and 20 levels are reported too.
-BLOCK, LATTICE = 64, 3.0  # px, side of what a lattice is looked for in; times the energy beside it
 THRESHOLDS = {"artifacts": 100.0, "artifacts_25": 25.0, "artifacts_400": 400.0}
+BLOCK, LATTICE = 64, 3.0  # px, side of what a lattice is looked for in; times the energy beside it
 
 
 def local_error(E: Picture, H: Picture, border: int = 4) -> Numbers:

@@ -25,7 +25,6 @@ TITLES = {
     "blind": "Blind degradation, GAN",
     "resshift": "ResShift in pixels, bicubic degradation",
 }
-LATTICE_TITLE = "lattice (% of blocks)"
 ARTIFACTS = {name: f"artifacts (% > {threshold:g})" for name, threshold in THRESHOLDS.items()}
 
 HEAD = """# Does the self-similarity loss help?
@@ -81,7 +80,7 @@ def _metrics(rows: list[collect.Row]) -> dict[str, tuple[str, bool, str]]:
     """Name -> title, whether more is better, format, of the columns that there are."""
     titles = {name: (METRICS[name].title, METRICS[name].higher_better, METRICS[name].spec) for name in plan.METRICS}
     titles |= {name: (title, False, ".2f") for name, title in ARTIFACTS.items()}
-    titles["lattice"] = LATTICE_TITLE, False, ".1f"
+    titles["lattice"] = "lattice (% of blocks)", False, ".1f"
     return {name: of_name for name, of_name in titles.items() if any(name in row for row in rows)}
 
 
@@ -120,6 +119,8 @@ def _set(rows: list[collect.Row], facts: dict[str, Any], name: str) -> tuple[lis
 
 def _curves(curve: list[collect.Row], facts: dict[str, Any], path: Path) -> list[str]:
     """The trade-off figure, and what it says at equal PSNR."""
+    if not curve:
+        return ["Not measured yet."]
     base, seeds = facts["base"], facts["seeds"]
     figure = matplotlib.figure.Figure(figsize=(9, 3.6), layout="constrained")
     of_model = {row["model"]: row for row in curve}

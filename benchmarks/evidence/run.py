@@ -292,7 +292,7 @@ def run_setting(plan: Plan, args: argparse.Namespace, facts: dict[str, Any], loc
     time_taken = {"cpu_seconds": state.cpu, "wall_seconds": state.wall, "processes": args.processes}
     sets = {name: len(images) for name, images in plan.tested.items()}
     about = {"seeds": plan.seeds, "scale_down": plan.scale_down, "sets": sets, **time_taken, **facts}
-    collect.collect(plan, weight, about, args.results / plan.setting.name)
+    collect.collect(plan, weight, about, args.results / plan.setting.name, args.so_far)
     logger.info("%s: results in %s", plan.setting.name, args.results / plan.setting.name)
 
 

@@ -89,11 +89,15 @@ class Multiscale(arguments.Multiscale, ImageStep):
 
     def left_out(self, path: str, name: str) -> str:
         size = image_size(path)
-        if min(size) >= self.shortest or self.enlarge:
+        if not self._too_small(size):
             return ""
         without = f"without {self.shortest_name}" if self._sizes(name, size) else "left out"
         why = "and an enlarged photograph is no ground truth (--enlarge)"
         return f"{without}: a shorter side below {self.shortest}, {why}"
+
+    def _too_small(self, size: tuple[int, int]) -> bool:
+        """Whether no file with a fixed shorter side is made of an image."""
+        return min(size) < self.shortest and not self.enlarge
 
     def _sizes(self, name: str, size: tuple[int, int]) -> dict[str, tuple[int, int]]:
         """The (height, width) of each file."""
@@ -102,12 +106,10 @@ class Multiscale(arguments.Multiscale, ImageStep):
         if self.original:
             versions[""] = size
         kept = {ending: sides for ending, sides in versions.items() if min(sides) >= max(1, self.min_side)}
-        if min(size) < self.shortest and not self.enlarge:
-            pass
-        elif height < width:
-            kept[self.shortest_name] = (self.shortest, int(self.shortest * (width / height)))
-        else:
-            kept[self.shortest_name] = (int(self.shortest * (height / width)), self.shortest)
+        if not self._too_small(size):
+            lying = self.shortest, int(self.shortest * (width / height))
+            standing = int(self.shortest * (height / width)), self.shortest
+            kept[self.shortest_name] = lying if height < width else standing
         return {f"{name}{ending}.{self.format}": sides for ending, sides in kept.items()}
 
 
