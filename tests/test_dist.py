@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from data.dataset_blindsr import DatasetBlindSR
 from data.loader import SampleKey
-from models.model_base import ModelBase
+from models.model_base import ModelBase, ModelSR
 from tests.conftest import REPOSITORY, photograph
 from tests.training import SSL, Workplace, assert_same, tree
 from training.loop import training_options
@@ -425,6 +425,26 @@ def test_what_stops_one_process_in_a_step_is_its_one_line(
 ) -> None:
     monkeypatch.setattr(ModelBase, "current_log", raises_in(rank, error))
     one_line(processes(lambda r: work.run("datasets.test=null")), expected, by=rank)
+
+
+@forks
+def test_a_validation_that_one_process_cannot_do_is_one_line_once_all_have_saved(
+    work: Workplace, processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imsave(photograph(40, 44), str(work.root / "T" / "second.png"))  # an image for each process
+    whole = ModelSR.test
+
+    def test(self: ModelSR) -> None:
+        if utils_dist.rank() == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        whole(self)
+
+    monkeypatch.setattr(ModelSR, "test", test)
+    pool = ("datasets.train.degradation_device=gpu", "datasets.train.pair_pool=2")  # of which each saves its own
+    options = ("train.iterations=3", "train.checkpoint_test=2", "train.checkpoint_save=100")
+    one_line(processes(lambda rank: work.run(*pool, *options)), r"test\.tile=256", by=None)
+    assert {path.name for path in (work.folder() / "models").glob("2_pool*")} == {"2_pool0.pth", "2_pool1.pth"}
+    assert (work.folder() / "models" / "2_state.json").is_file()
 
 
 @forks

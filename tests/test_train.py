@@ -37,7 +37,7 @@ from utils.utils_error import UserError, run
 from utils.utils_image import imread_uint, imsave
 from utils.utils_option import parse
 from utils.utils_option_sections import OptimizerName
-from utils.utils_resume import newest_generator
+from utils.utils_resume import newest_generator, saved_steps
 from utils.utils_ssl import SelfSimilarityLoss, edge_mask
 
 GAN = ("model=gan", *SSL)
@@ -426,13 +426,14 @@ def test_metrics_that_training_cannot_go_by_end_it_before_it_begins(
     assert not work.folder().exists()
 
 
-def test_validation_without_memory_names_smaller_tiles(work: Workplace, monkeypatch) -> None:
+def test_validation_without_memory_names_smaller_tiles_after_the_step_is_saved(work: Workplace, monkeypatch) -> None:
     def fails(*_args):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr("models.model_base.ModelSR.test", fails)
     with pytest.raises(UserError, match=r"validation: the memory .* whole images; .* test\.tile=256"):
-        work.run("train.iterations=2")
+        work.run("train.iterations=3", "train.checkpoint_test=2", "train.checkpoint_save=100")
+    assert saved_steps(work.folder() / "models") == [2]
 
 
 def test_an_optimizer_file_of_something_else_is_one_line(work: Workplace) -> None:

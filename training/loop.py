@@ -33,7 +33,7 @@ from training.dry_run import rehearse
 from training.failure import told_in_one_line
 from training.lock import FolderLock, remove_parts
 from training.progress import Progress
-from training.validate import best_by, validate, validate_ranker, validation_measurer
+from training.validate import ValidationError, best_by, validate, validate_ranker, validation_measurer
 from utils import utils_dist
 from utils.utils_checkpoint import Fingerprint
 from utils.utils_error import UserError
@@ -234,14 +234,20 @@ def _steps(run: _Run, loaded: Iterable[dict[str, object]], stop: "_StopSignals",
                 means["bad_steps"] = model.bad_steps  # the same ones in all processes
             progress.report(means, model.current_learning_rate(), device)
         validation: Validation = {}
+        failed: ValidationError | None = None
         if run.test_sets and not stopping and (finished or step % train.checkpoint_test == 0):
-            validation = _validate(run, step, progress)
+            try:
+                validation = _validate(run, step, progress)
+            except ValidationError as error:  # say an image too large for the memory: nothing learned is lost by it
+                failed = error
         # Not in the midst of bad steps: perhaps the weights are what is bad, and the last checkpoint is the good one.
-        is_due = is_due or step % train.checkpoint_save == 0
+        is_due = is_due or failed is not None or step % train.checkpoint_save == 0
         if finished or stopping or (is_due and not model.bad_in_a_row):
             _save(run, step, validation)
             is_due = False
             progress.pause_over()
+        if failed:
+            raise failed
         if finished or stopping:
             break
     return step

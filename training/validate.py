@@ -24,6 +24,10 @@ Picture = NDArray[np.uint8]
 logger = logging.getLogger(__name__)
 
 
+class ValidationError(UserError):
+    """Of one process or several, raised in all of them: they can still save together what was learned."""
+
+
 def validate(
     model: ModelSR, test_set: Dataset, measurer: Measurer, grid: Path, images: int, device: torch.device
 ) -> dict[str, float]:
@@ -40,8 +44,33 @@ def validate(
         images: rows of the grid.
 
     Raises:
-        UserError: the memory is too small.
+        ValidationError: the memory is too small, or an image cannot be read.
     """
+    sums, rows, problem = dict[str, float](), list[Picture](), ""
+    try:
+        sums, rows = _own_share(model, test_set, measurer, images)
+    except UserError as error:
+        problem = str(error)
+    if problems := [text for text in utils_dist.gathered(problem) if text]:
+        raise ValidationError(problems[0])
+    sums = utils_dist.total(sums, device)
+    if rows:
+        imsave(_stack(rows), str(grid))
+    means = {}
+    for name in measurer.names:
+        total, finite, infinite = (sums[f"{name} {of}"] for of in ("sum", "finite", "infinite"))
+        if infinite:
+            what = METRICS[name].title
+            logger.info("%d of %d images: %s is infinite, not in the mean", infinite, finite + infinite, what)
+        if finite or infinite:
+            means[name] = total / finite if finite else math.inf
+    return means
+
+
+def _own_share(
+    model: ModelSR, test_set: Dataset, measurer: Measurer, images: int
+) -> tuple[dict[str, float], list[Picture]]:
+    """Sums and counts of each metric over this process's images; rows of the grid."""
     sums = {f"{name} {of}": 0.0 for name in measurer.names for of in ("sum", "finite", "infinite")}
     rows: list[Picture] = []
     for batch in one_by_one(test_set, utils_dist.rank(), utils_dist.world_size()):
@@ -58,18 +87,7 @@ def validate(
                 sums[f"{name} {'finite' if math.isfinite(value) else 'infinite'}"] += 1
         if utils_dist.rank() == 0 and len(rows) < images:
             rows.append(_row(shown))
-    sums = utils_dist.total(sums, device)
-    if rows:
-        imsave(_stack(rows), str(grid))
-    means = {}
-    for name in measurer.names:
-        total, finite, infinite = (sums[f"{name} {of}"] for of in ("sum", "finite", "infinite"))
-        if infinite:
-            what = METRICS[name].title
-            logger.info("%d of %d images: %s is infinite, not in the mean", infinite, finite + infinite, what)
-        if finite or infinite:
-            means[name] = total / finite if finite else math.inf
-    return means
+    return sums, rows
 
 
 def best_by(opt: Options) -> str:
