@@ -35,7 +35,7 @@ from utils.utils_image import Array, ImageExtras, imread_uint, imresize, single2
 from utils.utils_name import check_output, folded, output_names, output_path, safe_name
 from utils.utils_option import DatasetOptions, Options, TestOptions
 from utils.utils_png import encode_png
-from utils.utils_run import run_facts
+from utils.utils_run import run_facts, unused_gpu
 from utils.utils_tile import Tile, check_tile, enough_memory, restore, tile_remedy
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,8 @@ def _device(name: str | None) -> torch.device:
     known = ["cpu", *(f"cuda:{n}" for n in range(gpus)), *(["cuda"] if gpus else [])]
     if name is not None and name not in known:
         raise UserError(f"--device {name}: cannot be had here; use one of {', '.join(known)}")
+    if name is None and (why := unused_gpu()):
+        logger.warning("%s", why)
     return torch.device(name or known[-1])
 
 
@@ -147,7 +149,8 @@ def _pairs(inputs: list[str] | None, gts: list[str] | None) -> dict[str, tuple[l
         for root in roots:
             if not root.exists():
                 raise UserError(f"{root}: there is no such folder or image")
-        folder = roots[0].resolve() if roots[0].is_dir() else roots[0].resolve().parent
+        # Of an image the folder that it was named in, though it may be a link to a file elsewhere.
+        folder = (roots[0] if roots[0].is_dir() else roots[0].parent).resolve()
         name = safe_name(folder.name or "images")
         taken = {folded(other) for other in pairs}
         names = chain([name, safe_name(f"{folder.parent.name}_{name}")], (f"{name}_{n}" for n in count(2)))

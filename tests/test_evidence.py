@@ -11,6 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from tests.conftest import REPOSITORY, photograph
 from utils.utils_error import UserError
@@ -347,12 +348,12 @@ def test_an_interrupted_run_saves_and_goes_on(tmp_path):
 # --------------------------------------------------------------------------------------------------------- the report
 
 
-def made_up_results(folder: Path, base: str, gain: float) -> None:
+def made_up_results(folder: Path, base: str, gain: float, images: int = 12) -> None:
     """With SSL everything is better by ``gain`` at every image, or worse where it is negative."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
     rows = ["set,image,model,psnr,stlpips_vgg,artifacts"]
-    for image in range(8):
+    for image in range(images):
         rows.append(f"Set5,i{image},bicubic,24,0.5,")
         rows.append(f"Set5,i{image},psnr,27,0.4,")
         for seed in (0, 1):
@@ -373,13 +374,14 @@ def made_up_results(folder: Path, base: str, gain: float) -> None:
         "base": base,
         "seeds": [0, 1],
         "steps": {"psnr": 40, base: 20},
-        "sets": {"Set5": 8, "demo": 3},
-        "measured": {"Set5": 8, "demo": 0},
+        "sets": {"Set5": images, "demo": 3},
+        "measured": {"Set5": images, "demo": 0},
+        "trained": {"git_commit": ["f" * 40, "e" * 40 + "-dirty"], "torch": ["2.0"]},
     }
     facts |= {"curve_set": "Set5", "choosing_set": "Set14", "scale_down": 1, "precision": "fp32"}
     facts |= {"choice": {"chosen": 50, "seed": 0, "steps": 5, "tried": tried}, "ms": {"fp32": 10.0, "bf16": 12.0}}
     facts |= {"lattice_of_H": {"Set5": 3.25}}
-    facts |= {"processor": "a processor", "processes": 2, "wall_seconds": 7200, "cpu_seconds": 14000, "torch": "2.0"}
+    facts |= {"processor": "a processor", "processes": 2, "wall_seconds": 7200, "cpu_seconds": 14000}
     facts |= {"git_commit": "0123456789abcdef", "date": "2026-11-28T00:00:00"}
     (folder / "facts.json").write_text(json.dumps(facts))
 
@@ -401,14 +403,23 @@ def test_the_report_says_what_the_numbers_say(tmp_path, monkeypatch):
     assert ours.endswith("With SSL better: PSNR, ST-LPIPS-VGG; worse: none; undecided: artifacts (% > 100).")
     assert blind.endswith("not run yet.")
     assert dm.endswith("With SSL better: none; worse: PSNR, ST-LPIPS-VGG; undecided: artifacts (% > 100).")
-    table = text[text.index("### Set5, 8 images") :]
+    table = text[text.index("### Set5, 12 images") :]
     assert "| PSNR \u2191 | 24.00 | 27.00 |" in table
     assert "| +0.50 | +0.50 to +0.50 | better | +0.50, +0.50 | 100 % |" in table
     assert "SSG at equal PSNR" in table
     assert "a lattice in 3.2 % of the blocks" in table
     assert "| 50 | 25.00 | 1.000 | 0.3000 | 0.50 |" in text  # 50 / 500 over 0.2
+    assert "trained at commit ffffffffff, eeeeeeeeee-dirty, collected at 0123456789, 2026-11-28" in text
     for name in ("bicubic", "resshift"):
         assert (tmp_path / "docs" / f"evidence_{name}.png").stat().st_size > 5000
+
+
+def test_of_few_images_the_report_gives_no_verdict(tmp_path, monkeypatch):
+    made_up_results(tmp_path / "results" / "bicubic", "gan", gain=0.5, images=9)
+    text = write_report(tmp_path, monkeypatch)
+    assert "Set5 (9 images). Too few images for a verdict; the table shows each seed." in text
+    assert "| +0.50 | +0.50 to +0.50 | - | +0.50, +0.50 | 100 % |" in text
+    assert "| better |" not in text
 
 
 def test_the_report_without_results_claims_nothing(tmp_path, monkeypatch):
@@ -425,6 +436,14 @@ def test_a_result_that_is_missing_is_passed_over_only_where_that_is_asked_for(tm
     with pytest.raises(FileNotFoundError):
         collect._tested(made, "trials", "Set14")
     assert collect._tested(made, "trials", "Set14", so_far=True) == []
+    # Nor do results count that were measured when there were fewer seeds.
+    file = made.results("curve", 0) / "results.csv"
+    file.parent.mkdir(parents=True)
+    for seeds in ((0,), (0, 1, 2)):
+        models = [f"gan{kind}_s{seed}_500" for kind in ("", "_ssl") for seed in seeds]
+        file.write_text("\n".join(["image,model,psnr", "a,psnr,25", *(f"a,{model},24" for model in models)]) + "\n")
+        rows = collect._tested(made, "curve", "Set5", so_far=True)
+        assert [row["model"] for row in rows] == (["psnr", *models] if seeds == made.seeds else [])
 
 
 def run_main(monkeypatch, *arguments: str) -> None:
@@ -458,6 +477,7 @@ def test_a_tiny_experiment_runs_from_photographs_to_the_report(tmp_path, monkeyp
     assert ours
     assert all(np.isfinite([*map(row.get, (*plan.METRICS, "artifacts"))]).all() for row in ours)
     assert str(tmp_path) not in (results / "facts.json").read_text()
+    assert json.loads((results / "facts.json").read_text())["trained"]["torch"] == [torch.__version__]
 
     for file in (work / "bicubic" / "tests" / "test_Set5").rglob("results.csv"):
         file.unlink()

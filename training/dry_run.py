@@ -127,7 +127,7 @@ def _peak_memory(device: torch.device) -> int:
 def _cost(opt: Options, step: int, speed: Speed, memory: int, device: torch.device) -> Iterator[str]:
     what = "of the GPU, in tensors" if device.type == "cuda" else "of the process"
     if memory:
-        yield f"{'peak memory':<20}{memory / 2**30:.2f} GiB {what}"
+        yield f"{'peak memory':<20}{memory / 2**30:.2f} GiB {what}, validation not counted"
     count = STEPS - WARM_UP
     yield f"{'a step':<20}{speed.step:.3g} s, of these {speed.data:.2g} s waiting for data; medians of {count}"
     if opt.train.iterations is not None:

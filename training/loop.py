@@ -42,7 +42,7 @@ from utils.utils_metric_table import METRICS
 from utils.utils_name import output_path, safe_name
 from utils.utils_option import DatasetOptions, Options, is_read, patch_size
 from utils.utils_resume import saved_steps
-from utils.utils_run import run_facts, save_json
+from utils.utils_run import run_facts, save_json, unused_gpu
 
 __all__ = ["train", "training_options"]
 
@@ -170,6 +170,8 @@ def _prepare(opt: Options, device: torch.device, lock: FolderLock | None) -> _Ru
 
     images, batch = len(train_set), data.dataloader_batch_size
     logger.info("%s on %s: %s", opt.task, device, model.describe())
+    if why := unused_gpu():
+        logger.warning("%s", why)
     kind = "pairs of images" if opt.model == "ranker" else "images"
     logger.info(
         f"{images} {kind}, batch {batch} = {world_size} x {batch // world_size} patches of {patch_size(data)} px, "

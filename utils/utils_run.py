@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -42,6 +43,15 @@ def run_facts(device: torch.device | None = None) -> dict[str, str]:
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def unused_gpu() -> str | None:
+    """Why this PyTorch sees no GPU where NVIDIA's driver is installed; None where it sees one, or was told not to."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
+    if hidden or torch.cuda.is_available() or not shutil.which("nvidia-smi"):
+        return None
+    why = "newer than the driver can serve" if torch.version.cuda else "built without CUDA"
+    return f"PyTorch {torch.__version__} sees no GPU though NVIDIA's driver is here: is it {why}? see pytorch.org"
 
 
 @cache  # a process goes on with the code that it began with, whatever is checked out meanwhile

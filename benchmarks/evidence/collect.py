@@ -38,9 +38,17 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _tested(plan: Plan, what: str, name: str, so_far: bool = False) -> list[Row]:
-    """The rows of all chunks of a set; where it is of results ``so_far``, of those that have been measured."""
+    """The rows of all chunks of a set; where it is of results ``so_far``, of those measured with all these seeds."""
     files = [plan.results(what, number) / "results.csv" for number in range(len(chunks(plan.sets[name])))]
-    return [{**row, "set": name} for file in files if file.exists() or not so_far for row in read_rows(file)]
+    of_chunks = [read_rows(file) for file in files if file.exists() or not so_far]
+    if so_far:
+        of_chunks = [rows for rows in of_chunks if {*plan.seeds} <= _seeds(rows)]
+    return [{**row, "set": name} for rows in of_chunks for row in rows]
+
+
+def _seeds(rows: Iterable[Row]) -> set[int]:
+    """Those of the runs that rows are of: ``gan_s0``, ``gan_ssl_s0_500``."""
+    return {int(match[1]) for row in rows if (match := re.search(r"_s(\d+)(_\d+)?$", row["model"]))}
 
 
 def _rounded(rows: Iterable[Row]) -> list[Row]:
@@ -124,13 +132,23 @@ def collect(plan: Plan, weight: float, about: Mapping[str, Any], output: Path, s
         "choice": read_json(plan.folder / "choice.json"),
         "lattice_of_H": lattice_of_H,
         "measured": measured,
+        "trained": _trained_with(plan, weight),
         **about,
     }
     save_json(content, output / "facts.json")
-    for name in filter(measured.get, plan.tested):
+    for name in plan.tested:
         # Photographs of the data sets belong to others and are not committed; the demo's are in the public domain.
         path = output / "demo.png" if name == "demo" else plan.folder / f"crops_{name}.png"
+        path.unlink(missing_ok=True)
         _draw_crops(plan, name, [row for row in rows if row["set"] == name], path)
+
+
+def _trained_with(plan: Plan, weight: float) -> dict[str, list[str]]:
+    """Commits of this project and versions of PyTorch; a run that was interrupted may have several."""
+    runs = [plan.folder / plan.run(w, seed) for w in (0.0, weight) for seed in plan.seeds]
+    files = [path for run in (plan.psnr.parents[1], *runs) for path in (run / "options").glob("*_facts.txt")]
+    facts = [read_json(path) for path in sorted(files, key=lambda path: path.name)]
+    return {name: list(dict.fromkeys(of_start[name] for of_start in facts)) for name in ("git_commit", "torch")}
 
 
 def _pictures(plan: Plan, name: str, image: str, models: Iterable[str]) -> list[Picture]:

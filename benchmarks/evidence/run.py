@@ -21,8 +21,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -87,6 +89,30 @@ class State:
         return sum(entry["cpu"] for entry in self.jobs.values())
 
 
+class _Child(NamedTuple):
+    """A job at work."""
+
+    process: subprocess.Popen[bytes]
+    job: Job
+    begun: float  # what was left of its units
+
+
+def _start(job: Job, environment: Mapping[str, str], logs: Path, lock: int | None) -> _Child:
+    with (logs / f"{job.name}.log").open("ab") as log:
+        # A session of its own: Ctrl-C comes to this process alone, which passes it on once.
+        process = subprocess.Popen(
+            [sys.executable, *job.command],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            pass_fds=() if lock is None else (lock,),
+        )
+    return _Child(process, job, job.units_left())
+
+
 def run_stage(stage: Stage, state: State, processes: int, logs: Path, lock: int | None = None) -> None:
     """Run the jobs of a stage that are not done, ``processes`` at a time; what they print goes to ``logs``/name.log.
 
@@ -99,36 +125,27 @@ def run_stage(stage: Stage, state: State, processes: int, logs: Path, lock: int 
     logs.mkdir(parents=True, exist_ok=True)
     waiting = [job for job in stage.jobs if not state.done(job)]
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, processes // max(1, len(stage.jobs))))}
-    running: dict[int, tuple[Job, float]] = {}
+    running: dict[int, _Child] = {}
     failed = ""
     stopping = False
     while running or (waiting and not stopping):
-        while waiting and len(running) < processes and not stopping:
-            job = waiting.pop(0)
-            with (logs / f"{job.name}.log").open("ab") as log:
-                # A session of its own: Ctrl-C comes to this process alone, which passes it on once.
-                child = subprocess.Popen(
-                    [sys.executable, *job.command],
-                    cwd=ROOT,
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                    pass_fds=() if lock is None else (lock,),
-                )
-            running[child.pid] = job, job.units_left()
         try:
+            while waiting and len(running) < processes and not stopping:
+                child = _start(waiting.pop(0), environment, logs, lock)
+                running[child.process.pid] = child
             pid, status, usage = os.wait4(-1, 0)
+            if pid not in running:
+                continue
+            process, job, begun = running.pop(pid)
+            # Popen must know: else it asks for children that were dropped, and takes the end of another from wait4.
+            code = process.returncode = os.waitstatus_to_exitcode(status)
+            state.ended(job, usage.ru_utime + usage.ru_stime, begun, code == 0)
         except KeyboardInterrupt:
             stopping = True
             _stop(running)
             continue
-        if pid not in running:
-            continue
-        job, begun = running.pop(pid)
-        code = os.waitstatus_to_exitcode(status)
-        state.ended(job, usage.ru_utime + usage.ru_stime, begun, code == 0)
+        except ChildProcessError:  # a signal came between the end of a child and its being told: next time it is asked
+            break
         if code == 0:
             logger.info("done: %s, %.0f CPU-seconds", job.name, state.jobs[job.name]["cpu"])
         elif not stopping:
@@ -141,9 +158,10 @@ def run_stage(stage: Stage, state: State, processes: int, logs: Path, lock: int 
         raise KeyboardInterrupt
 
 
-def _stop(running: dict[int, tuple[Job, float]]) -> None:
+def _stop(running: Iterable[int]) -> None:
     for pid in running:
-        os.kill(pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
 
 
 def _last_line(log: Path) -> str:
