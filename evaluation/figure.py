@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from evaluation.metrics import ssg_maps
 from utils.utils_error import UserError
-from utils.utils_image import imread_uint, uint2tensor4, write_file
+from utils.utils_image import imread_uint, single2uint, uint2single, uint2tensor4, write_file
 from utils.utils_name import output_path
 from utils.utils_ssl import edge_mask, self_similarity_graph
 
@@ -173,7 +173,7 @@ def figure_of_images(paths: Sequence[Path], pixel: tuple[int, int] | None, outpu
         raise UserError(f"{paths[-1]} is {size}, {paths[0]} {width}x{height}: give two images of one size")
     if min(height, width) <= SEARCH // 2:
         raise UserError(f"{paths[0]} is {width}x{height}: the search area needs sides over {SEARCH // 2} pixels")
-    images = [(image // 257).astype("uint8") if image.dtype == "uint16" else image for image in images]
+    images = [image if image.dtype == np.uint8 else single2uint(uint2single(image)) for image in images]
     other = images[1] if images[1:] else None
     x, y = pixel or telling_pixel(images[0], other)
     if not (0 <= x < width and 0 <= y < height):

@@ -17,7 +17,7 @@ import types
 import urllib.error
 import urllib.request
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, TextIO
@@ -134,12 +134,19 @@ def frechet_distance(a: NDArray[Any], b: NDArray[Any]) -> float:
 # --------------------------------------------------------------------------------------------------------- networks
 
 
+def _hub() -> Any:
+    """The settings of huggingface_hub, which pyiqa brings, and torchmetrics and pytorch-fid do without."""
+    try:
+        from huggingface_hub import constants
+    except ImportError:
+        return types.SimpleNamespace(ENDPOINT="https://huggingface.co", HF_HUB_OFFLINE=False)
+    return constants
+
+
 def _online() -> bool:
     """Whether the site that holds pyiqa's weights answers, through a proxy if the environment names one."""
-    from huggingface_hub import constants
-
     try:
-        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=5).close()
+        urllib.request.urlopen(urllib.request.Request(_hub().ENDPOINT, method="HEAD"), timeout=5).close()
     except urllib.error.HTTPError:
         return True  # it answers
     except OSError:
@@ -150,8 +157,7 @@ def _online() -> bool:
 @contextlib.contextmanager
 def _loading(online: bool) -> Iterator[None]:
     """Build networks quietly, and give up soon where weights cannot be fetched; what is in a cache works either way."""
-    from huggingface_hub import constants
-
+    constants = _hub()
     offline = constants.HF_HUB_OFFLINE
     # OpenAI's CLIP takes `packaging` from setuptools' pkg_resources, which newer setuptools no longer has.
     stand_in = None if importlib.util.find_spec("pkg_resources") else types.ModuleType("pkg_resources")
@@ -299,12 +305,13 @@ class Measurer:
             finally:
                 torch.set_num_threads(threads)
 
-    def measure(self, estimates: Mapping[str, Picture], H: Picture | None) -> Measured:
+    def measure(self, estimates: Mapping[str, Picture], H: Picture | None, broken: Collection[str] = ()) -> Measured:
         """All metrics for one image; those over a set come from :meth:`of_set` after its last image. Threads may.
 
         Args:
             estimates: label -> RGB (H, W, 3) or gray (H, W), uint8; a gray image is its own luma.
             H: the ground truth, of the same shape, or None where there is none.
+            broken: labels whose estimate does not count in the metrics over a set.
 
         Raises:
             ValueError: the shapes differ.
@@ -322,14 +329,14 @@ class Measurer:
         }
         if H is not None and "fid" in self._networks:
             for label, image in (*estimates.items(), ("", H)):
-                self._features[label].append(self._inception(image))
+                self._features[label] += [] if label in broken else [self._inception(image)]
         return Measured(values, ssg)
 
     def of_set(self) -> dict[str, dict[str, float]]:
         """Label -> metric name -> value over the images measured since the last call."""
         for rows in self._features.values():
             rows.sort(key=lambda row: row.tobytes())  # threads may have measured the images in any order
-        features = {label: np.stack(rows) for label, rows in self._features.items()}
+        features = {label: np.array(rows) for label, rows in self._features.items()}
         self._features.clear()
         truth = features.pop("", None)
         return {} if truth is None else {label: {"fid": frechet_distance(x, truth)} for label, x in features.items()}

@@ -250,29 +250,43 @@ def _overview(image: Picture, window: tuple[int, int, int, int]) -> Image.Image:
     return _fit(cv2.rectangle(rgb.copy(), *corners, _FRAME, line).astype(np.uint8), enlarge=False)
 
 
-def side_by_side(
-    images: Mapping[str, Mapping[str, Picture]],
-    path: Path,
-    crop: int = 64,
-    captions: Mapping[str, Mapping[str, str]] | None = None,
-) -> None:
-    """Write one picture that shows the same enlarged detail of each image in labelled columns.
+@dataclass(frozen=True)
+class SheetRow:
+    """What :func:`side_by_side` shows of one image; small, so that a long test can keep it."""
 
-    The first column shows the whole image with the detail framed; the detail is where the last label's image (the
-    ground truth) has the most edges.
+    overview: Image.Image  # of the whole image, the detail framed
+    details: dict[str, Picture]  # label -> the same detail
+
+
+def sheet_row(pictures: Mapping[str, Picture], crop: int = 64) -> SheetRow:
+    """The detail is where the last label's image (the ground truth) has the most edges.
 
     Args:
-        images: name of the image (a row) -> label (a column) -> (H, W, 3) RGB or (H, W) gray, uint8, one size a row.
-        path: the file to write, PNG.
+        pictures: label (a column) -> (H, W, 3) RGB or (H, W) gray, uint8, all of one size.
         crop: side of the detail in pixels.
+    """
+    truth = list(pictures.values())[-1]
+    top, left, height, width = window = edge_rich_crop(truth, crop)
+    details = {label: image[top : top + height, left : left + width].copy() for label, image in pictures.items()}
+    return SheetRow(_overview(truth, window), details)
+
+
+def side_by_side(
+    rows: Mapping[str, SheetRow], path: Path, captions: Mapping[str, Mapping[str, str]] | None = None
+) -> None:
+    """Write one picture: a row an image, the whole of it first, then the same detail, enlarged, in labelled columns.
+
+    Args:
+        rows: name of the image -> its row; all have the same labels.
+        path: the file to write, PNG.
         captions: name -> label -> a few words under that detail.
 
     Raises:
         UserError: the file cannot be written.
     """
-    labels = list(next(iter(images.values())))
+    labels = list(next(iter(rows.values())).details)
     step_x, step_y = _CELL + _GAP, _CELL + _CAPTION + _GAP
-    size = _GAP + step_x * (1 + len(labels)), _HEADING + step_y * len(images)
+    size = _GAP + step_x * (1 + len(labels)), _HEADING + step_y * len(rows)
     sheet = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(sheet)
     large, small = ImageFont.load_default(20), ImageFont.load_default(14)
@@ -284,15 +298,12 @@ def side_by_side(
 
     for column, label in enumerate(labels, 1):
         write(label, column, _HEADING // 2, large)
-    for row, (name, pictures) in enumerate(images.items()):
-        y = _HEADING + row * step_y
-        truth = pictures[labels[-1]]
-        top, left, height, width = window = edge_rich_crop(truth, crop)
-        sheet.paste(_overview(truth, window), (_GAP, y))
+    for number, (name, row) in enumerate(rows.items()):
+        y = _HEADING + number * step_y
+        sheet.paste(row.overview, (_GAP, y))
         write(name, 0, y + _CELL + _CAPTION // 2, small)
         for column, label in enumerate(labels, 1):
-            detail = pictures[label][top : top + height, left : left + width]
-            sheet.paste(_fit(detail, enlarge=True), (_GAP + column * step_x, y))
+            sheet.paste(_fit(row.details[label], enlarge=True), (_GAP + column * step_x, y))
             write((captions or {}).get(name, {}).get(label, ""), column, y + _CELL + _CAPTION // 2, small)
     imsave(np.asarray(sheet), str(path))
 
@@ -316,7 +327,7 @@ class Entry:
     name: str
     values: dict[str, dict[str, float]]  # label -> metric name -> value
     item: dict[str, Any] | None  # for the page
-    pictures: dict[str, Picture] | None  # for the picture
+    row: SheetRow | None  # for the picture
 
 
 class Report:
@@ -332,7 +343,7 @@ class Report:
         self.measurer, self.counts = measurer, counts
         self._rows: list[dict[str, Any]] = []
         self._sets: list[SetResults] = []
-        self._sheet: dict[str, tuple[dict[str, Picture], dict[str, str]]] = {}
+        self._sheet: dict[str, tuple[SheetRow, dict[str, str]]] = {}
         self._gallery = Gallery() if report_images else None
         self._in_page = _spread_over(counts, report_images)
         self._in_sheet = _spread_over(counts, _PICTURE_ROWS)
@@ -358,7 +369,7 @@ class Report:
         Args:
             broken: labels whose estimate is or would be no image (NaN): they are shown as they are and get no numbers.
         """
-        measured = self.measurer.measure(estimates, H)
+        measured = self.measurer.measure(estimates, H, broken)
         for label in measured.values.keys() & broken:  # none are measured where nobody looks
             measured.values[label] = dict.fromkeys(measured.values[label], math.nan)
         name = printable(name)
@@ -366,7 +377,7 @@ class Report:
         in_page = self._gallery is not None and index in self._in_page[set_name]
         in_sheet = H is not None and index in self._in_sheet[set_name]
         item = gallery_item(set_name, name, pictures, measured) if in_page else None
-        return Entry(set_name, name, measured.values, item, pictures if in_sheet else None)
+        return Entry(set_name, name, measured.values, item, sheet_row(pictures) if in_sheet else None)
 
     def add(self, entry: Entry) -> None:
         """Take up an image; they come in order, sets one after the other, each ended by :meth:`end_set`."""
@@ -375,9 +386,9 @@ class Report:
             self._rows += [{"set": set_name, "image": name, "model": k, **v} for k, v in of_image.items()]
         if self._gallery and entry.item:
             self._gallery.add(entry.item)
-        if entry.pictures:
+        if entry.row:
             captions = {label: _caption(values) for label, values in of_image.items()}
-            self._sheet[f"{set_name}/{name}"] = entry.pictures, captions
+            self._sheet[f"{set_name}/{name}"] = entry.row, captions
         for label, values in of_image.items():
             self._values.setdefault(label, []).append(values)
             for metric in [metric for metric, value in values.items() if math.isinf(value)]:
@@ -443,9 +454,9 @@ class Report:
             write_html(content, self._gallery, measurer.names, total, note, as_page)
             written.append(as_page)
         if self._sheet:
-            pictures = {name: images for name, (images, _) in self._sheet.items()}
+            rows = {name: row for name, (row, _) in self._sheet.items()}
             captions = {name: words for name, (_, words) in self._sheet.items()}
-            side_by_side(pictures, as_picture, captions=captions)
+            side_by_side(rows, as_picture, captions)
             written.append(as_picture)
         for path in written:
             logger.info("%s", path)

@@ -17,6 +17,7 @@ from evaluation.report import (
     baselines,
     edge_rich_crop,
     format_table,
+    sheet_row,
     side_by_side,
     write_csv,
     write_markdown,
@@ -129,9 +130,10 @@ def test_the_detail_is_where_the_edges_are():
 
 def test_side_by_side_shows_a_column_a_label_and_a_row_an_image(tmp_path):
     H, gray = photograph(90, 120), photograph(7, 130, channels=1)[..., 0]
-    rows = {name: {"bicubic": blurred(image), "ground truth": image} for name, image in (("a", H), ("b", gray))}
-    side_by_side(rows, tmp_path / "two.png", crop=32, captions={"a": {"bicubic": "27.10 dB"}})
-    side_by_side({"a": rows["a"]}, tmp_path / "one.png", crop=32)
+    pictures = {name: {"bicubic": blurred(image), "ground truth": image} for name, image in (("a", H), ("b", gray))}
+    rows = {name: sheet_row(of_image, crop=32) for name, of_image in pictures.items()}
+    side_by_side(rows, tmp_path / "two.png", captions={"a": {"bicubic": "27.10 dB"}})
+    side_by_side({"a": rows["a"]}, tmp_path / "one.png")
     two, one = imread_uint(str(tmp_path / "two.png")), imread_uint(str(tmp_path / "one.png"))
     assert two.shape[1] == one.shape[1] > 3 * 256
     assert two.shape[0] - one.shape[0] > 256
@@ -144,7 +146,7 @@ def test_side_by_side_shows_a_column_a_label_and_a_row_an_image(tmp_path):
 def captions(folder, monkeypatch, metrics, *pairs):
     """Those of side_by_side.png, of images "0", "1", ... of one set, each (ground truth, estimate)."""
     drawn = {}
-    monkeypatch.setattr(report_module, "side_by_side", lambda pictures, path, captions: drawn.update(captions))
+    monkeypatch.setattr(report_module, "side_by_side", lambda rows, path, captions: drawn.update(captions))
     report = Report(Measurer(metrics, 0, "cpu"), {"A": len(pairs)}, report_images=0)
     for index, (H, E) in enumerate(pairs):
         report.add(report.examine("A", index, str(index), {"gan": E}, H))
@@ -169,7 +171,8 @@ def test_the_longest_caption_fits_below_its_detail(tmp_path, monkeypatch):
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda draw, at, text, *_, **__: written.append(text))
     H = photograph(40, 44)
     longest = "PSNR 100.00 dB, SSG 1000.000"
-    side_by_side({"a": {"gan": H, "ground truth": H}}, tmp_path / "a.png", captions={"a": {"gan": longest}})
+    row = sheet_row({"gan": H, "ground truth": H})
+    side_by_side({"a": row}, tmp_path / "a.png", captions={"a": {"gan": longest}})
     assert longest in written  # what does not fit is shortened
 
 

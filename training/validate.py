@@ -92,6 +92,8 @@ def _own_share(
 
 def best_by(opt: Options) -> str:
     """The metric that says which checkpoints are best, as ``train.checkpoint_best_by`` describes it."""
+    if opt.model == "ranker":
+        return "psnr"  # stands for the share of pairs in order: of both more is better
     validated = choose(opt.test.validation)
     perceptual = ["stlpips_vgg", "stlpips", "ssg"] if opt.model in ("gan", "spsr") else []
     wanted = [name for name in (*perceptual, "psnr", *validated) if name in validated]

@@ -60,23 +60,26 @@ def list_lmdb(folder: str) -> list[str]:
 
 def read_lmdb(folder: str, key: str) -> bytes:
     """The encoded file of ``key``, as it was stored. Raises UserError where there is none."""
+    lmdb = import_lmdb()
     with _opening:
         env = _open.get(folder)
         if env is None:
-            lmdb = import_lmdb()
             try:
                 # Without locks and read-ahead: many processes read at random places, none writes.
                 env = lmdb.open(folder, readonly=True, create=False, lock=False, readahead=False, meminit=False)
             except lmdb.Error as error:
                 raise UserError(f"{folder} cannot be opened as LMDB ({error}): pack it again") from error
             _open[folder] = env
-    with env.begin(buffers=True) as transaction:
-        value = transaction.get(key.encode(errors="surrogateescape"))
-        if value is None:
-            raise UserError(f"{folder} holds nothing under the key {key!r}, though {META} names it: pack it again")
-        if len(value) > MAX_FILE:
-            raise UserError(f"{folder}: {key!r} has {len(value) / 2**30:,.0f} GiB, more than images may have")
-        return bytes(value)
+    try:
+        with env.begin(buffers=True) as transaction:
+            value = transaction.get(key.encode(errors="surrogateescape"))
+            if value is None:
+                raise UserError(f"{folder} holds nothing under the key {key!r}, though {META} names it: pack it again")
+            if len(value) > MAX_FILE:
+                raise UserError(f"{folder}: {key!r} has {len(value) / 2**30:,.0f} GiB, more than images may have")
+            return bytes(value)
+    except lmdb.Error as error:
+        raise UserError(f"{folder}: {key!r} cannot be read ({error}): pack it again") from error
 
 
 def close_all() -> None:

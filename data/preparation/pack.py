@@ -157,9 +157,12 @@ class _Writer:
 @contextmanager
 def _writing(folder: str, size: int) -> Iterator[_Writer]:
     """Open ``folder`` for :class:`_Writer`, about ``size`` bytes to come; what was put is committed, come what may."""
-    writer = _Writer(folder, size)
     try:
-        yield writer
-    finally:
-        writer.commit()
-        writer.close()
+        writer = _Writer(folder, size)
+        try:
+            yield writer
+        finally:
+            writer.commit()
+            writer.close()
+    except import_lmdb().Error as error:  # the file is damaged, or the disk is full
+        raise UserError(f"{folder}: cannot be written as LMDB ({error}); see to the disk, or remove it") from error
