@@ -27,12 +27,15 @@ from similarity_cuda.loader import UnavailableError, WrongError, failed_proof, l
 __all__ = ["UnavailableError", "WrongError", "failed_proof", "load"]
 
 _library = torch.library.Library("similarity", "DEF")
+# The host waits for the number of masked pixels, which a CUDA graph cannot hold.
+_TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
 _PIXELS = "Tensor image, Tensor row, Tensor column, int search, int window, bool zero_border"
-_library.define(f"distances(Tensor img, {_PIXELS}) -> Tensor")
-_library.define(f"distances_backward(Tensor grad, Tensor img, {_PIXELS}) -> Tensor")
+_library.define(f"distances(Tensor img, {_PIXELS}) -> Tensor", tags=_TAGS)
+_library.define(f"distances_backward(Tensor grad, Tensor img, {_PIXELS}) -> Tensor", tags=_TAGS)
 _library.define(
     "loss(Tensor sr, Tensor hr, Tensor mask, int search, int window, bool zero_border, float sigma, "
-    "bool generalization, float l1_weight, float kl_weight, bool with_gradient) -> (Tensor, Tensor, Tensor, Tensor)"
+    "bool generalization, float l1_weight, float kl_weight, bool with_gradient) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
 )
 
 

@@ -14,7 +14,7 @@ Exit status: 0 if all that can be had here is right, 1 if something is wrong.
 """
 
 import argparse
-import re
+import contextlib
 import statistics
 import sys
 import textwrap
@@ -55,18 +55,13 @@ def _load(kind: str) -> tuple[str, list[float]]:
     try:
         library = loader.build(kind)
     except Exception as error:
-        raise UnavailableError(reason(error)) from error
+        raise UnavailableError(loader.told(error)) from error
     how = f"{time.perf_counter() - begin:.0f} s" if libraries() - before else "cached"
-    trust.forget(kind, library)
+    with contextlib.suppress(OSError):  # in a folder of others, its mark stands
+        trust.forget(kind, library)
     load(kind)
     mark = trust.read(kind, library)
     return how, mark.errors if mark else []
-
-
-def reason(error: BaseException) -> str:
-    """One line of an error: of a compiler's long report, the line that says what failed."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
-    return next((line for line in lines if re.search(r"error:|not found|cannot find", line, re.IGNORECASE)), lines[0])
 
 
 def _row(kind: str) -> tuple[str, bool]:
@@ -79,7 +74,7 @@ def _row(kind: str) -> tuple[str, bool]:
     except WrongError as error:
         return f"{kind:<6}WRONG: {error}", False
     except UnavailableError as error:
-        return f"{kind:<6}not here: {reason(error.__cause__ or error)}", True
+        return f"{kind:<6}not here: {loader.told(error.__cause__ or error)}", True
     figures = "".join(f"{error:>11.1e}" for error in errors)
     return f"{kind:<6}{how:>8}{figures}{_milliseconds(device):>10.2f}  ok", True
 

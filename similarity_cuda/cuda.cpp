@@ -35,9 +35,16 @@ std::vector<int64_t> numbers(const Tensor& on_host) {
 }
 
 Pixels in_order(const Geometry& g, const Tensor& image, const Tensor& row, const Tensor& column) {
-  const Tensor counts = at::zeros({g.n}, image.options()).scatter_add_(0, image, at::ones_like(image));
+  const auto outside = [](const Tensor& place, int64_t size) { return place.lt(0).logical_or(place.ge(size)); };
+  const Tensor strays = outside(image, g.n).logical_or(outside(row, g.height)).logical_or(outside(column, g.width));
+  const Tensor counted = image.clamp(0, g.n - 1);  // a place that does not exist would end the GPU's context
+  const Tensor counts = at::zeros({g.n}, image.options()).scatter_add_(0, counted, at::ones_like(image));
   const Tensor descents = image.slice(0, 1).lt(image.slice(0, 0, -1)).sum().unsqueeze(0);
-  std::vector<int64_t> known = numbers(at::cat({counts, descents}).cpu());  // the host waits here, and nowhere else
+  // The host waits here, and nowhere else.
+  std::vector<int64_t> known = numbers(at::cat({counts, descents, strays.sum().unsqueeze(0)}).cpu());
+  TORCH_CHECK(!known.back(), known.back(), " masked pixels lie outside of ", g.n, " images of ", g.height, " x ",
+              g.width);
+  known.pop_back();
   TORCH_CHECK(!known.back(), "masked pixels must be in the order of their images");
   known.pop_back();
   return {image, row, column, known};

@@ -39,8 +39,8 @@ def load(kind: str) -> None:
 
     The built library is kept in ``TORCH_EXTENSIONS_DIR`` (default ``~/.cache/similarity_cuda``) under a name made of
     the sources, PyTorch and the processor or the GPUs. GPUs' architectures are those at hand, or
-    ``TORCH_CUDA_ARCH_LIST``. It is loaded after it has proved itself on the device at hand, which is the current GPU
-    (``similarity_cuda/trust.py``).
+    ``TORCH_CUDA_ARCH_LIST``. It is used after it has proved itself on the device at hand, which is the current GPU
+    (``similarity_cuda/trust.py``); only the process that builds it has loaded it before, since PyTorch's builder does.
 
     Raises:
         UnavailableError: no GPU, compiler, CUDA toolkit or ninja, or the build failed. Asked again, it fails at once.
@@ -55,8 +55,14 @@ def load(kind: str) -> None:
     if isinstance(reason, WrongError):
         raise WrongError(str(reason)) from reason
     if reason is not None:
-        text = " ".join(str(reason).split())
+        text = told(reason)
         raise UnavailableError(f"{text[:300]}{' ...' if len(text) > 300 else ''} ({facts()})") from reason
+
+
+def told(error: BaseException) -> str:
+    """One line of an error: of a compiler's long report, the line that says what failed."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    return next((line for line in lines if re.search(r"error:|not found|cannot find", line, re.IGNORECASE)), lines[0])
 
 
 def failed_proof(kind: str) -> bool:

@@ -97,6 +97,7 @@ class Case:
     empty: bool = False  # else the first and the last pixel are masked too
     sigma: float = 0.004
     generalization: bool = True
+    may_not_fit: bool = False  # GPUs with little shared memory refuse it, and are right in all else
 
     def __str__(self) -> str:
         size, precision = " x ".join(map(str, self.shape)), str(self.dtype).removeprefix("torch.")
@@ -115,7 +116,7 @@ def cases() -> Iterator[Case]:
     yield Case((2, 3, 72, 71), 3, 3, 1.0, sigma=0.1)  # a full mask, more than 8192 pixels
     yield Case((1, 1, 17, 150), 9, 3, 0.3)  # a grey image, wider than a tile
     yield Case((3, 2, 12, 11), 5, 1, 1.0, generalization=False, sigma=0.1)
-    yield Case((1, 1, 50, 48), 85, 3, 0.0)  # as much shared memory as must be asked for
+    yield Case((1, 1, 50, 48), 85, 3, 0.0, may_not_fit=True)  # as much shared memory as must be asked for
     yield replace(small, masked=0.0, empty=True)
 
 
@@ -172,7 +173,12 @@ def check(device: str, ops: Any = None) -> tuple[str, list[float]]:
     ops = ops or SimpleNamespace(distances=torch.ops.similarity.distances, loss=torch.ops.similarity.loss)
     largest = [0.0] * len(QUANTITIES)
     for case in cases():
-        errors = worst_errors(case, device, ops)
+        try:
+            errors = worst_errors(case, device, ops)
+        except RuntimeError as error:
+            if case.may_not_fit and "too large for ssl_mode" in str(error):
+                continue
+            raise
         for quantity, error in zip(QUANTITIES, errors, strict=True):
             if not error < TOLERANCE[case.dtype]:  # it may be NaN
                 return f"{quantity} off by {error:.1e} of its largest number ({case})", []

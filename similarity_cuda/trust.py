@@ -99,8 +99,15 @@ def _verdict(kind: str, library: Path) -> tuple[str, list[float]]:
     """Run the proof; -> (what is wrong, the errors)."""
     folder = Path(__file__).resolve().parent.parent  # where the child finds this package, and nobody else's
     try:
+        path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])  # for PYTHONSAFEPATH
         done = subprocess.run(
-            _command(kind, library), cwd=folder, capture_output=True, text=True, errors="replace", timeout=_SECONDS
+            _command(kind, library),
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_SECONDS,
         )
     except subprocess.TimeoutExpired:
         return f"they did not end within {_SECONDS:g} seconds", []

@@ -63,6 +63,20 @@ def test_a_broken_compiler_fails_in_every_thread_with_its_reason(monkeypatch):
     assert "compiler none" in outcomes[0]
 
 
+def test_of_a_compilers_report_the_line_that_says_what_failed_is_told(monkeypatch):
+    report = "Error building extension 'similarity_cpp': [1/2] c++ " + "-I/a/long/folder " * 40
+    report += "\n/home/cpu.cpp:12:10: fatal error: omp.h: No such file or directory\nninja: build stopped"
+
+    def fails(kind: str) -> None:
+        raise RuntimeError(report)
+
+    monkeypatch.setattr(loader, "_build_and_load", fails)
+    with pytest.raises(
+        loader.UnavailableError, match=r"^/home/cpu\.cpp:12:10: fatal error: omp\.h: No such file .* \("
+    ):
+        loader.load("cpp")
+
+
 def test_a_build_that_is_interrupted_is_tried_again(monkeypatch):
     def interrupted(kind: str) -> None:
         raise KeyboardInterrupt

@@ -274,3 +274,21 @@ def test_the_proof_has_every_kind_of_input():
     strides = {layout: arrange(x).stride() for layout, arrange in proof.LAYOUTS.items()}
     assert len(set(strides.values())) == len(strides)
     assert all(torch.equal(arrange(x), x) for arrange in proof.LAYOUTS.values())
+
+
+@needs_cpp
+@pytest.mark.parametrize(("search", "is_right"), [(85, True), (25, False)])
+def test_a_gpu_may_refuse_the_largest_search_area_of_the_proof_and_no_other(search, is_right):
+    right = torch.ops.similarity
+
+    def distances(img, image, row, column, k, *settings):
+        if k == search:
+            raise RuntimeError(f"kernel_size_search {k} is too large for ssl_mode cuda: take a smaller one")
+        return right.distances(img, image, row, column, k, *settings)
+
+    ops = SimpleNamespace(distances=distances, loss=right.loss)
+    if is_right:
+        assert proof.check("cpu", ops)[0] == ""
+    else:
+        with pytest.raises(RuntimeError, match="kernel_size_search 25"):
+            proof.check("cpu", ops)

@@ -272,6 +272,13 @@ def test_masks_may_have_any_type(mode, dtype):
     assert loss(sr, gt, mask.to(dtype)) == loss(sr, gt, mask) > 0
 
 
+@pytest.mark.parametrize("stride", [0, 3])
+def test_a_mask_of_another_shape_is_refused_also_where_it_is_thinned(stride):
+    gt, sr, mask = published_pair()
+    with pytest.raises(ValueError, match=r"mask .* does not fit images"):
+        Loss(1, 1, mask_stride=stride)(sr, gt, mask[:, 0])
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_images_of_two_types_are_compared_in_the_wider_one(mode):
     gt, sr, mask = published_pair()

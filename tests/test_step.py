@@ -325,6 +325,15 @@ def test_out_of_memory_says_what_took_it_and_what_helps(
     assert "resumed at step 2" in work.log()
 
 
+def test_what_the_gpus_form_of_ssl_cannot_do_is_one_line(work: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: object) -> None:
+        raise RuntimeError("kernel_size_search 181 with kernel_size_window 9 is too large for ssl_mode cuda: take ...")
+
+    monkeypatch.setattr("utils.utils_ssl.SelfSimilarityLoss.parts", refuses)
+    with pytest.raises(UserError, match=r"^step 1: train\.ssl_mode: kernel_size_search 181 .* take \.\.\.$"):
+        work.run(*GAN)
+
+
 def test_the_remedies_for_little_memory_are_settings_that_are_not_yet_so(
     work: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,7 +69,6 @@ def edge_mask(img: Tensor, threshold: float = 20.0) -> Tensor:
         raise ValueError(f"threshold must be a number, not {threshold!r}")
     pixels = (img.detach().float() * 255).round().clamp(0, 255)
     if img.shape[1] == 3:
-        # Every product and sum stays below 2^24, where float32 counts exactly; so does the division by 2^16.
         red, green, blue = pixels.to(torch.int32).unbind(1)
         grey = ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).float()[:, None]
     else:
@@ -385,7 +384,7 @@ def _check_images(img: Tensor, mask: Tensor, k: int, w: int, search_border: str)
 
 def _masked_pixels(mask: Tensor) -> tuple[Tensor, ...]:
     """(image, row, column) of every mask entry equal to 1, batch order, then raster order."""
-    pixels = (mask[:, 0] == 1).nonzero(as_tuple=True)  # the one host synchronisation: M is a tensor size
+    pixels = (mask[:, 0] == 1).nonzero(as_tuple=True)  # the host waits for a GPU here: M is a tensor size
     if len(pixels[0]) == 0 and bool((mask != 0).any()):
         raise ValueError("no mask entry equals 1, but some are not 0: the mask must be of {0, 1}")
     return pixels
@@ -529,12 +528,12 @@ class SelfSimilarityLoss(nn.Module):
             raise ValueError(f"sr is on {sr.device}, hr is on {hr.device}")
         hr = hr.detach()
         mask = edge_mask(hr, self.threshold) if mask is None else mask
+        k, w, zero = self.kernel_size_search, self.kernel_size_window, self.search_border == "zero"
+        _check_images(sr, mask, k, w, self.search_border)
         if self.mask_stride > 1:
             mask = mask * mask_stride_pattern(mask.shape[2], mask.shape[3], self.mask_stride, mask.device).to(
                 mask.dtype
             )
-        k, w, zero = self.kernel_size_search, self.kernel_size_window, self.search_border == "zero"
-        _check_images(sr, mask, k, w, self.search_border)
         mode = _choose(self.ssl_mode, sr.device.type)
         with torch.autocast(sr.device.type, enabled=False):
             sr, hr = _computable(sr, hr)
