@@ -780,6 +780,27 @@ def test_check_reads_an_option_file(tmp_path, photos, capsys):
     assert f"{photos / 'sub/c.png'} = {photos / 'sub/c.png'}" in out
 
 
+def test_check_looks_at_what_the_kind_of_data_set_reads(tmp_path, photos, capsys):
+    for i, file in enumerate(("best/a", "best/b", "worst/a", "worst/b", "L/a")):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        side = 16 if file == "L/a" else 64
+        imsave(photograph(side, side, seed=i), str(tmp_path / f"{file}.png"))
+
+    def status_of(model: str, **data: object) -> int:
+        options = {"task": "t", "model": model, "scale": 4, "datasets": {"train": data}}
+        options |= {"netR": {"net_type": "ranker_vgg12"}} if model == "ranker" else {"netG": {"net_type": "rrdbnet"}}
+        (tmp_path / "o.json").write_text(json.dumps(options))
+        return main(["check", "--opt", str(tmp_path / "o.json")])
+
+    ranked = [str(tmp_path / name) for name in ("best", "worst")]
+    assert status_of("ranker", dataset_type="rank", dataroot_ranked=ranked, H_size=32) == 0
+    assert "images            4, " in capsys.readouterr().out
+    # Of several L an H training takes the H that have one.
+    roots = {"dataroot_H": ranked[0], "dataroot_L": str(tmp_path / "L"), "H_size": 32}
+    assert status_of("plain", dataset_type="multiLR_oneGT", **roots) == 0
+    assert status_of("plain", dataset_type="plain", **roots) == 1
+
+
 # ----------------------------------------------------------------------------------------------------- pairs, cut apart
 
 

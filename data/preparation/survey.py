@@ -50,6 +50,7 @@ class Folders(NamedTuple):
     scale: int = 4  # of L
     smallest: int = 0  # images with a shorter side below this are named
     is_train: bool = True
+    only_with_L: bool = False  # of H those that have an L; else one without is trouble
 
 
 def folders_of(opt: Options) -> list[Folders]:
@@ -62,15 +63,17 @@ def folders_of(opt: Options) -> list[Folders]:
     for name, data in opt.datasets.items():
         is_train = data.phase == "train"
         has_mask = data.dataset_type.endswith("mask")
+        images = {"l": data.dataroot_L, "rank": data.dataroot_ranked or os.path.dirname(data.rank_csv or "")}
         found.append(
             Folders(
                 f"datasets.{name}",
-                several(data.dataroot_L if data.dataset_type == "l" else data.dataroot_H),
+                several(images.get(data.dataset_type, data.dataroot_H)),
                 several(None if data.dataset_type in ("l", "blindsr", "blindsrmask") else data.dataroot_L),
                 several(data.dataroot_H_mask if has_mask else None),
                 data.scale,
                 data.H_size if is_train else 0,
                 is_train,
+                data.dataset_type == "multiLR_oneGT",
             )
         )
     return found
@@ -235,7 +238,8 @@ def _describe_partners(
     folders: Folders, H: Sequence[Facts], L: Sequence[Facts], mask: Sequence[Facts], workers: int
 ) -> Iterator[_Line]:
     scale = folders.scale
-    kind = ("plain" if L else "blindsr") + ("mask" if mask else "")
+    with_L = "multiLR_oneGT" if folders.only_with_L else "plain"
+    kind = (with_L if L else "blindsr") + ("mask" if mask else "")
     opt = DatasetOptions(
         dataset_type=kind,  # type: ignore[arg-type]
         dataroot_H=list(folders.H),
