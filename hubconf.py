@@ -45,7 +45,7 @@ def self_similarity_loss(l1_weight: float, kl_weight: float, **settings: object)
 
     Args:
         l1_weight, kl_weight: weights of the two terms, published as 1000 and 1000 or 500 and 500. Choose them so
-            that the loss is about as large as the largest other term.
+            that its gradient at sr is about as large as the largest other loss's.
         mask_stride: 3 computes one edge pixel in three (default 0: all).
         ssl_mode: "auto" (default), the fastest form that works here, or "pytorch", "boxsum", "cpp", "cuda". The
             compiled forms are built on the first call: ``ssl.prepare(device)`` does it before.

@@ -2,11 +2,11 @@
 
 The data of the SSL paper and its blind test set, for example:
 
-python main_prepare_data.py multiscale --input DF2K_HR OST --output trainsets/DF2K_OST_multiscale
-python main_prepare_data.py subimages --input trainsets/DF2K_OST_multiscale --output trainsets/DF2K_OST
-python main_prepare_data.py masks --input trainsets/DF2K_OST --output trainsets/DF2K_OST_mask
-python main_prepare_data.py lr-bicubic --input trainsets/DF2K_OST --output trainsets/DF2K_OST_x4
-python main_prepare_data.py subimages --format npy --input trainsets/DF2K_OST_multiscale --output trainsets/DF2K_OST_raw
+python main_prepare_data.py multiscale --enlarge --input DF2K_HR OST --output trainsets/multiscale
+python main_prepare_data.py subimages --input trainsets/multiscale --output trainsets/trainH
+python main_prepare_data.py masks --input trainsets/trainH --output trainsets/trainH_mask
+python main_prepare_data.py lr-bicubic --input trainsets/trainH --output trainsets/trainH_x4
+python main_prepare_data.py subimages --format npy --input trainsets/multiscale --output trainsets/trainH_raw
 python main_prepare_data.py subimages --input HR --L LR_x4 --scale 4 --size 480 --step 240 --output trainsets/pairs
 python main_prepare_data.py modcrop --input DIV2K_valid_HR --output testsets/DIV2K100
 python main_prepare_data.py lr-blind --type blind_test --versions 30 --input testsets/DIV2K100 --output DIV2K100_blind

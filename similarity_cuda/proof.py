@@ -175,8 +175,8 @@ def check(device: str, ops: Any = None) -> tuple[str, list[float]]:
     for case in cases():
         try:
             errors = worst_errors(case, device, ops)
-        except RuntimeError as error:
-            if case.may_not_fit and "too large for ssl_mode" in str(error):
+        except RuntimeError as refusal:
+            if case.may_not_fit and "too large for ssl_mode" in str(refusal):
                 continue
             raise
         for quantity, error in zip(QUANTITIES, errors, strict=True):

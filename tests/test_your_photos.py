@@ -37,6 +37,9 @@ SMALL = {
 }
 
 
+OF_DEMO = {"train.iterations": 2, "train.checkpoint_save": 2, "datasets.train.dataloader_batch_size": 1}
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a user has come to: the repository's options, photographs, and small networks under the published names."""
@@ -65,9 +68,10 @@ def test_the_way_from_photographs_to_an_upscaler_can_be_gone(folder: Path) -> No
             assert main_prepare_data.main(arguments) == 0
         elif script == "main_download_pretrained_models.py":
             assert all(file.url for file in select(arguments[1:]))  # it is not fetched here
-        elif script == "main_train_gan.py":
-            small = [f"{key}={value}" for key, value in SMALL.items()]
-            train(*training_command(None, ["gan", "spsr"], [*arguments, *small]))
+        elif script.startswith("main_train"):
+            small = [f"{key}={value}" for key, value in (OF_DEMO if "demo" in command else SMALL).items()]
+            arguments = [argument.replace("600_E", "2_E") for argument in arguments]
+            train(*training_command(None, ["plain", "gan"], [*arguments, *small]))
         elif script == "main_export.py":
             main_export.main(arguments)
         else:
@@ -75,4 +79,5 @@ def test_the_way_from_photographs_to_an_upscaler_can_be_gone(folder: Path) -> No
     assert (folder / "results" / "judge" / "report.html").is_file()
     assert {path.parent.parent.name for path in (folder / "results" / "small").rglob("0.png")} == {"before", "after"}
     assert [path.name for path in (folder / "results" / "final").rglob("0.png")] == ["0.png"]
+    assert (folder / "experiments" / "photos_gan_ssl" / "models" / "2_E.pth").is_file()
     assert {path.suffix for path in (folder / "exported").iterdir()} >= {".safetensors", ".param", ".bin"}

@@ -34,9 +34,11 @@ Written by `python benchmarks/evidence/report.py` from the files in `benchmarks/
 results come from the numbers.
 
 ```
-python benchmarks/evidence/run.py --data ../shared/data --seeds 0 1 2
+python benchmarks/evidence/run.py --data DATA --seeds 0 1 2
 python benchmarks/evidence/report.py
 ```
+
+DATA holds the folders BSD400 (training), Set14, BSD100 and Set5.
 
 Each setting is trained without SSL and with it. Both begin with the same weights (the GANs' generator with the PSNR
 model's, one for all seeds of a setting) and see the same patches in the same order with the same draws; the weight of
