@@ -389,6 +389,9 @@ def test_several_files_are_one_set_called_as_their_folder(tmp_path):
     assert sets("--gt", *files("Set4")[:2]) == {"Set4/a.png", "Set4/b.png"}
     assert sets("--gt", *files("Set4"), "--input", *files("L")) == {f"L/{name}.png" for name in "abcd"}
     assert sets("--gt", *files("Set4"), "--input", str(tmp_path / "L")) == {f"L/{name}.png" for name in "abcd"}
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "a.png").symlink_to(H / "b.png")
+    assert sets("--gt", *files("linked")) == {"linked/a.png"}
     several = sets("--gt", str(H), "-", "--input", "-", *files("real"))
     assert several == {*(f"Set4/{name}.png" for name in "abcd"), "real/x.png", "real/y.png"}
     assert sets("--input", *files("real"), files("L")[0], str(H)) == several | {"L/a.png"}

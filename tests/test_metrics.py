@@ -216,6 +216,19 @@ def test_fid_compares_the_whole_images_of_a_set_with_its_ground_truth(monkeypatc
     assert measurer.of_set() == {}
 
 
+def test_fid_is_of_the_images_that_a_model_made_and_of_no_broken_ones(monkeypatch):
+    monkeypatch.setattr(metrics, "_load", lambda names, device: ({"fid": lambda x: [x.mean((2, 3), True)]}, {}))
+    measurer = Measurer(["fid"], 4, "cpu")
+    truths = [photograph(30, 40, seed=seed) for seed in range(4)]
+    for i, H in enumerate(truths):
+        broken = ["all", *(["once"] if i == 3 else [])]
+        measurer.measure({"once": 0 * H if i == 3 else H, "all": H}, H, broken)
+    result = measurer.of_set()
+    means = np.stack([H.mean((0, 1)) / 255 for H in truths])
+    assert result["once"]["fid"] == pytest.approx(frechet_distance(means[:3], means), abs=1e-6)  # float32 features
+    assert math.isnan(result["all"]["fid"])
+
+
 # ---------------------------------------------------------------------------------------------------------- libraries
 
 

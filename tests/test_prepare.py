@@ -594,6 +594,14 @@ def test_an_lmdb_folder_has_the_published_form(packed, photos):
         assert value == (photos / f"{key}.png").read_bytes()
 
 
+def test_a_damaged_lmdb_folder_is_not_packed_into_and_says_so(packed, photos):
+    utils_lmdb.close_all()
+    (packed / "photos.lmdb" / "meta_info.txt").unlink()  # as where packing was cut short
+    (packed / "photos.lmdb" / "data.mdb").write_bytes(b"no LMDB" * 10000)
+    with pytest.raises(UserError, match=r"photos\.lmdb: cannot be written as LMDB .*; see to the disk, or remove it"):
+        prepare("lmdb", photos, packed / "photos.lmdb")
+
+
 def test_a_data_set_reads_an_lmdb_folder_as_any_other(packed, photos):
     plain, lmdb = dataset_of(photos, packed / "masks"), dataset_of(packed / "photos.lmdb", packed / "masks.lmdb")
     assert len(lmdb) == 3

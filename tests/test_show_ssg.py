@@ -66,6 +66,15 @@ def test_the_graph_of_a_pixel_is_the_one_of_the_loss():
         assert graph.sum() == pytest.approx(1, abs=1e-5)
 
 
+def test_images_of_16_bits_are_drawn_by_the_8_that_are_measured(tmp_path, drawn):
+    image = photograph(40, 44)
+    nearer_to_the_next = np.minimum(image.astype(int) * 257 + 129, 65535).astype(np.uint16)
+    imsave(nearer_to_the_next, str(tmp_path / "deep.png"))
+    main([str(tmp_path / "deep.png"), "--output", str(tmp_path / "f.png")])
+    shown = [np.asarray(axes.images[0].get_array()) for axes in drawn[0].axes if axes.images]
+    assert any(np.array_equal(one, np.minimum(image.astype(int) + 1, 255)) for one in shown)
+
+
 def test_the_telling_pixel_is_where_the_graphs_differ_most():
     image = photograph(60, 60)
     other = image.copy()

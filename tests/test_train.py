@@ -402,6 +402,14 @@ def test_the_best_of_a_gan_is_not_the_nearest_to_its_psnr_start(
     assert best_by(parse(work.file(), overrides=overrides)) == expected
 
 
+def test_a_rankers_best_is_by_its_share_of_pairs_whatever_is_validated(tmp_path: Path) -> None:
+    options = {"task": "t", "model": "ranker", "netR": {"net_type": "ranker_vgg12"}, "test": {"validation": ["ssg"]}}
+    options["datasets"] = {"train": {"dataset_type": "rank", "dataroot_ranked": ["a", "b"], "H_size": 32}}
+    (tmp_path / "o.json").write_text(json.dumps(options))
+    metric = best_by(parse(str(tmp_path / "o.json")))
+    assert Checkpoints(tmp_path, keep=1, metric=metric)._is_better(0.9, 0.5)
+
+
 def test_of_a_distance_the_least_is_the_best(work: Workplace, monkeypatch) -> None:
     scores = iter([3.0, 1.0, 2.0])
     monkeypatch.setattr("training.loop.validate", lambda *a: {"ssg": next(scores)})
