@@ -1,5 +1,6 @@
 """Shared by all tests: the repository on the path, few threads, small generated images."""
 
+import signal
 import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -20,6 +21,11 @@ def golden() -> Callable[[str], Any]:
     from tests.golden_numbers import golden
 
     return golden
+
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # As where a script runs the tests in the background: what they stop by Ctrl-C would go on for ever.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def photograph(height: int, width: int, seed: int = 0, channels: int = 3) -> np.ndarray:
