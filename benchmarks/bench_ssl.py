@@ -32,7 +32,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from memory import forget_peak, peak
 
 from similarity_cuda import loader
-from similarity_cuda.loader import told
 from utils.utils_error import run
 from utils.utils_image import imread_uint, imresize_np
 from utils.utils_ssl import SelfSimilarityLoss, edge_mask, mask_stride_pattern, self_similarity_graph
@@ -336,7 +335,7 @@ def gpu_rows(image: np.ndarray) -> None:
         load_naive()
         forms.insert(0, ("naive", W))
     except (RuntimeError, OSError) as error:
-        print(f"the naive kernel cannot be built here: {told(error)}\n")
+        print(f"the naive kernel cannot be built here: {loader.told(error)}\n")
     print(
         f"{'mask':<9}{'pixels':>8}  {'form':<8}{'window':>6}{'ms':>11}{'faster':>9}{'extra MiB':>11}{'graphs':>8}"
         f"{'over least':>12}{f'{WIDE}/{W}':>7}{'loss':>9}"
@@ -366,7 +365,7 @@ def gpu_rows(image: np.ndarray) -> None:
             try:
                 milliseconds, extra, value = measure_on_gpu(form, window, sets)
             except (RuntimeError, ValueError) as error:  # no kernels, or too little memory: the other rows still count
-                print(f"{row}  {told(error)[:70]}", flush=True)
+                print(f"{row}  {loader.told(error)[:70]}", flush=True)
                 continue
             times[form, window] = milliseconds
             if (form, window) == ("cuda", W):

@@ -84,7 +84,7 @@ def op() -> Figures:
     try:
         bench_ssl.load_naive()
     except (RuntimeError, OSError) as error:
-        figures["naive kernel"] = f"cannot be built: {bench_ssl.told(error)[:200]}"
+        figures["naive kernel"] = f"cannot be built: {bench_ssl.loader.told(error)[:200]}"
     for n, forms in ((64, ("cuda", "naive", "boxsum")), (1, ("cuda", "naive", "boxsum", "published"))):
         inputs = _op_inputs(n)
         for form in forms:
@@ -93,7 +93,7 @@ def op() -> Figures:
             try:
                 milliseconds, extra, value = bench_ssl.measure_on_gpu(form, bench_ssl.W, [inputs])
             except (RuntimeError, ValueError) as error:  # no kernels, or too little memory
-                figures[f"{n} {form}"] = {"why": bench_ssl.told(error)[:200]}
+                figures[f"{n} {form}"] = {"why": bench_ssl.loader.told(error)[:200]}
             else:
                 figures[f"{n} {form}"] = {"ms": milliseconds, "extra_mib": extra, "loss": value}
             print(f"{n} images of 128 x 128, {form}: {figures[f'{n} {form}']}", flush=True)

@@ -329,6 +329,7 @@ class Measurer:
         }
         if H is not None and "fid" in self._networks:
             for label, image in (*estimates.items(), ("", H)):
+                # A label all of whose images are broken is known too, and its FID is NaN.
                 self._features[label] += [] if label in broken else [self._inception(image)]
         return Measured(values, ssg)
 

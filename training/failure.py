@@ -34,7 +34,7 @@ def told_in_one_line(model: ModelBase, step: int) -> Iterator[None]:
                 f"step {step}: out of memory in {_culprit(error)}{_asked_for(error)}; {_weights(model)}, the rest is "
                 f"for {_pieces(model.opt)}; take {remedies}"
             ) from error
-        if "too large for ssl_mode cuda" in str(error) or "too many for ssl_mode cuda" in str(error):
+        if "for ssl_mode cuda" in str(error):
             raise UserError(f"step {step}: train.ssl_mode: {str(error).splitlines()[0]}") from error
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             reason = next(line for line in str(error).splitlines() if line.strip())
