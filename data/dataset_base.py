@@ -2,7 +2,6 @@
 
 import logging
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -105,14 +104,13 @@ class DatasetBase(Dataset[dict[str, Any]]):
             extras = replace(extras, alpha=modcrop(extras.alpha, scale)).resized(1 / scale)
         return images, extras
 
-    def augment(
-        self, images: dict[str, Array], rng: np.random.Generator, modes: Sequence[int] = range(8)
-    ) -> dict[str, Array]:
-        """Flip and rotate all images alike.
+    def augment(self, images: dict[str, Array], rng: np.random.Generator, upright: bool = False) -> dict[str, Array]:
+        """Flip and rotate all images alike; only mirror them left-right where ``upright`` or without ``use_rot``.
 
         ``mask_augment`` false leaves the mask as it is: the published SSL code did, so that its masks lie askew over
         their images in seven of eight items.
         """
+        modes = (0, 4) if upright or not self.opt.use_rot else range(8)
         mode = modes[int(rng.integers(len(modes)))]
         return {
             name: img if name == "mask" and not self.opt.mask_augment else augment_img(img, mode)

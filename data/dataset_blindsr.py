@@ -27,7 +27,7 @@ class DatasetBlindSR(DatasetBase):
             window = random_window(images["H"].shape, opt.H_size, rng)
             images = {name: window.cut(img) for name, img in images.items()}
             # KAIR's rule: faces stay upright
-            images = self.augment(images, rng, (0, 4) if "face" in PurePath(files.H).name else range(8))
+            images = self.augment(images, rng, upright="face" in PurePath(files.H).name)
         images["H"] = sharp = np.ascontiguousarray(uint2single(images["H"]))
         if self.is_train and opt.degradation_device == "gpu":
             return images, extras

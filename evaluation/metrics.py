@@ -228,7 +228,8 @@ def _network(name: str, device: torch.device) -> Any:
         return InceptionV3(resize_input=False, normalize_input=True).eval().to(device)
     import pyiqa
 
-    return pyiqa.create_metric(name, device=device)
+    luma = {"color_space": "ycbcr"} if name == "niqe" else {}  # MATLAB's, as BasicSR and the paper; pyiqa's is YIQ's
+    return pyiqa.create_metric(name, device=device, **luma)
 
 
 def _as_input(image: Picture, border: int, device: torch.device | str) -> torch.Tensor:

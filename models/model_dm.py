@@ -87,7 +87,7 @@ class ModelDM(ModelSR):
             with self.autocast():
                 image = self.autoencoder.decode(process.x0_of(output, x_t, draw.t))
             self.E = (image.float() + 1) / 2
-            terms |= self.fidelity_terms(self.E)
+            terms |= self.fidelity_terms(2 * self.E - 1 if train.range_published else self.E)
         return terms
 
     def describe(self) -> str:

@@ -124,9 +124,10 @@ class DiscriminatorPatchGAN(nn.Module):
         for n in range(1, n_layers + 1):
             previous, width = width, min(2 * width, 512)
             stride = 2 if n < n_layers else 1
-            children.append(
-                nn.Sequential(conv(previous, width, stride), norm_layer(width), nn.LeakyReLU(0.2, inplace=True))
-            )
+            norm = norm_layer(width)
+            if isinstance(norm, nn.BatchNorm2d):
+                nn.init.normal_(norm.weight, 1.0, 0.02)
+            children.append(nn.Sequential(conv(previous, width, stride), norm, nn.LeakyReLU(0.2, inplace=True)))
         children.append(nn.Sequential(conv(width, 1, 1)))
         self.model = nn.Sequential()
         for n, child in enumerate(children):

@@ -55,6 +55,7 @@ def options(**changes):
             "degradation_device": "cpu",
             "camera_prob": 0.0,
             "mask_augment": True,
+            "use_rot": True,
             "seed": 0,
             "rank_csv": None,
             **changes,
@@ -177,6 +178,17 @@ def test_L_H_and_mask_are_aligned_under_all_eight_modes(folders):
         assert torch.equal(positions(item["L"]), blocks)
         directions.add((*(place[0, 1] - place[0, 0]).tolist(), *(place[1, 0] - place[0, 0]).tolist()))
     assert len(directions) == 8
+
+
+def test_use_rot_off_only_mirrors(folders):
+    ways = {}
+    for on in (True, False):
+        dataset = define_Dataset(options(dataroot_H=folders.H, use_rot=on))
+        H = [positions(dataset[0, seed]["H"]) for seed in range(60)]
+        ways[on] = {(*(p[0, 1] - p[0, 0]).tolist(), *(p[1, 0] - p[0, 0]).tolist()) for p in H}
+    assert len(ways[True]) == 8
+    assert len(ways[False]) == 2  # each missing with a chance of 2 ** -60
+    assert all(way[2:] == (1, 0) for way in ways[False])  # rows go on downwards
 
 
 def test_mask_augment_off_leaves_the_mask_as_it_was_cut(folders):

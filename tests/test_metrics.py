@@ -264,6 +264,15 @@ def test_images_without_ground_truth_get_what_needs_none(pyiqa):
     assert values_of(gray, None, 4, ["piqe"]) == values_of(np.stack([gray] * 3, -1), None, 4, ["piqe"])
 
 
+def test_niqe_is_of_matlabs_luma_as_in_the_paper(pyiqa, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        pyiqa, "create_metric", lambda name, **options: asked.append((name, options.get("color_space")))
+    )
+    Measurer(["niqe", "piqe"], 4, "cpu")
+    assert asked == [("niqe", "ycbcr"), ("piqe", None)]
+
+
 def test_weights_that_cannot_be_had_cost_a_line_each_and_little_time(pyiqa, monkeypatch, tmp_path, caplog):
     def no_network(*_args, **_kwargs):
         raise socket.gaierror(-2, "Name or service not known")

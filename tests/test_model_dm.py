@@ -168,11 +168,13 @@ def test_all_losses_are_zero_where_the_prediction_is_right(work: Workplace, kind
         assert term.item() == pytest.approx(0, abs=1e-3), name  # SSL's weights are 50; KL of equal graphs rounds
 
 
-def test_each_image_loss_is_its_weight_times_its_loss_on_E(work: Workplace) -> None:
-    model = fed(work, *TERMS, "train.dm_weight=0")
+@pytest.mark.parametrize("published", [False, True])
+def test_each_image_loss_is_its_weight_times_its_loss_on_E(work: Workplace, published: bool) -> None:
+    model = fed(work, *TERMS, "train.dm_weight=0", f"train.range_published={str(published).lower()}")
     terms = model.losses(model.draw())
     assert set(terms) == {"G_loss", "ssl"}
     E = enlarge(model.L, 4)  # what the untrained network returns
+    E = 2 * E - 1 if published else E
     assert terms["G_loss"].item() == pytest.approx(0.1 * (E - model.H).abs().mean().item(), rel=1e-5)  # float32
     assert model.ssl is not None
     assert terms["ssl"].item() == pytest.approx(model.ssl(E, model.H).item(), rel=1e-3)  # exponentials of float32 E
@@ -538,6 +540,13 @@ def test_a_recipe_with_ssl_differs_in_ssl_alone(name: str) -> None:
     assert (ssl["train"].pop("kernel_size_search"), ssl["train"].pop("kernel_size_window")) == (25, 9)
     assert (plain.pop("task"), ssl.pop("task")) == (name, f"{name}_ssl")
     assert plain == ssl
+
+
+@pytest.mark.parametrize("name", ["resshift", "resshift_ssl", "stablesr", "stablesr_ssl"])
+def test_the_published_diffusion_recipes_keep_images_upright(name: str) -> None:
+    data = parse(REPOSITORY / "options" / f"train_{name}.json").train_set
+    assert data is not None
+    assert not data.use_rot
 
 
 def test_resshifts_recipe_has_the_journals_figures() -> None:

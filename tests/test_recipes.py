@@ -201,6 +201,7 @@ def test_the_figures_are_the_published_ones(name: str, suffix: str) -> None:
     assert (data.dataloader_batch_size, patch_size(data)) == (p.batch, p.patch)
 
     assert train.iterations == 1000 * p.iterations
+    assert train.manual_seed == (None if p.gan[0] == "lsgan" else 0)  # KAIR draws one
     for side in "GD":
         assert train[f"{side}_optimizer_lr"] == 1e-4
         assert train[f"{side}_optimizer_betas"] == [0.9, p.beta2]

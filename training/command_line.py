@@ -26,6 +26,7 @@ def training_command(description: str | None, models: Sequence[str], argv: Seque
     parser.add_argument("override", nargs="*", metavar="key.path=value", help="e.g. train.iterations=1000")
     parser.add_argument(
         "--dry_run",
+        "--dry-run",
         action="store_true",
         help="only 20 steps that save nothing: size and gradient of each loss, memory, time, SSL's weight",
     )

@@ -351,6 +351,7 @@ def is_read(opt: Options) -> dict[str, dict[str, bool]]:
         "mask_threshold": with_ssl and not masks_from_files,
         "rank_published": sr and train.rank_weight > 0,
         "dm_weight": dm,
+        "range_published": dm and fidelity_weight(train) > 0,
         **dict.fromkeys(("checkpoint_keep_every", "checkpoint_keep_best"), train.checkpoint_keep is not None),
         "checkpoint_best_by": sr,
         **{
@@ -379,6 +380,7 @@ def _is_read_of(data: DatasetOptions) -> dict[str, bool]:
         "dataroot_L": not (blind or rank),
         "dataroot_H_mask": masked,
         "mask_augment": masked and training,
+        "use_rot": training,
         **dict.fromkeys(("dataroot_ranked", "rank_csv"), rank),
         **dict.fromkeys(("rank_metric", "rank_higher_better"), rank and data.rank_csv is not None),
         **dict.fromkeys(("H_size", "dataloader_shuffle", "dataloader_num_workers", "dataloader_batch_size"), training),

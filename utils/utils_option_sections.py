@@ -147,6 +147,9 @@ class DatasetOptions(Section):
         False,
         description="blindsr: sharpen H (unsharp mask) before degrading it; realesrgan keeps H and adds H_usm",
     )
+    use_rot: bool = Field(
+        True, description="turn patches and flip them upside down, too; false mirrors them left-right alone, as faces"
+    )
     mask_augment: bool = Field(
         True,
         description="flip and turn the mask with its image; false reproduces the published code, which did not",
@@ -240,6 +243,11 @@ class TrainOptions(Section):
 
     dm_weight: Weight = Field(
         1.0, description="dm: weight of the squared error of what the network predicts (x0 or noise); 0 = off"
+    )
+    range_published: bool = Field(
+        False,
+        description="dm: losses of the image compare E in [-1, 1] with H in [0, 1], a fault of the published StableSR "
+        "with SSL",
     )
     channels_last: bool | None = Field(
         None,

@@ -23,12 +23,12 @@ class Strength:
     anisotropic_variance: tuple[float, float]  # both variances are uniform in [0, base + slope * sf], pixels squared
     isotropic_std: tuple[float, float]  # uniform in [0, base + slope * sf], pixels
     blur_size: tuple[int, int]  # odd kernel sides 2 k + 3, k uniform between these two, both included
-    shrink_factor: tuple[float, float]  # "downsample 2" divides the size by uniform [shrink_least, base + slope * sf]
+    shrink_factor: tuple[float, float]  # "downsample 2" divides the size by uniform [1, base + slope * sf]
     shrink_blur_std: float  # or blurs with a std uniform in [0.1, this * sf] and takes every sf-th pixel
     shrink_blur_size: tuple[int, int]  # k of that blur's side 2 k + 3
     noise_level: tuple[int, int]  # Gaussian noise, of 255, both included
     jpeg_quality: tuple[int, int]  # both included
-    shrink_least: float = 1.0
+    shrink_multiplies: bool = False  # "downsample 2" multiplies the size by uniform [base + slope * sf, 1] instead
     camera_prob: float = 0.0  # KAIR asks for 0.25, of nothing
     shuffle_prob: float = 0.1  # plus: how often all steps are shuffled, not only the noises among themselves
 
@@ -64,8 +64,8 @@ SSL_TEST = Strength(
     anisotropic_variance=(1.0, 0.0),
     isotropic_std=(1.0, 0.0),
     blur_size=(0, 4),
-    shrink_least=0.75,
-    shrink_factor=(1.0, 0.0),
+    shrink_factor=(0.75, 0.0),
+    shrink_multiplies=True,
     shrink_blur_std=0.25,
     shrink_blur_size=(0, 4),
     noise_level=(1, 10),
@@ -163,9 +163,9 @@ def _draw_shrink(height: int, width: int, sf: int, rng: np.random.Generator, str
     """KAIR's "downsample 2": a plain resize by a random factor, or a shifted Gaussian and every sf-th pixel."""
     if rng.random() < 0.75:
         base, slope = strength.shrink_factor
-        least, most = strength.shrink_least, base + slope * sf
-        factor = least + (most - least) * rng.random()
-        return Resize(max(int(height / factor), 1), max(int(width / factor), 1), _draw_filter(rng), clip=True)
+        factor = 1 + (base + slope * sf - 1) * rng.random()
+        height, width = (int(n * factor if strength.shrink_multiplies else n / factor) for n in (height, width))
+        return Resize(max(height, 1), max(width, 1), _draw_filter(rng), clip=True)
     return Thin(_odd_size(rng, strength.shrink_blur_size), rng.uniform(0.1, strength.shrink_blur_std * sf), sf)
 
 
