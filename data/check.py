@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from data.files import Files, list_files, quote, raise_problems
 from utils.utils_error import UserError
-from utils.utils_image import decode, dropped, get_image_paths, image_size, read_file, read_mask
+from utils.utils_image import FIRST_OF_SEVERAL, decode, dropped, get_image_paths, image_size, read_file, read_mask
 from utils.utils_npy import RAW_SUFFIX
 from utils.utils_option import DatasetOptions
 
@@ -77,13 +77,16 @@ def _look(opt: DatasetOptions) -> tuple[Problems, dict[str, str]]:
 
 def leave_out_unreadable(items: Sequence[Files], phase: str, n_channels: int) -> list[Files]:
     """The items of which every file can be read; warns of the others. Raises UserError where there are none."""
-    found = _map(lambda files: _read(files, n_channels)[1], items, f"reading {phase} images")
-    unreadable = list(dict.fromkeys(line for lines in found for line in lines))
-    readable = [files for files, lines in zip(items, found, strict=True) if not lines]
+    found = _map(lambda files: _read(files, n_channels), items, f"reading {phase} images")
+    unreadable = list(dict.fromkeys(line for _, lines in found for line in lines))
+    readable = [files for files, (_, lines) in zip(items, found, strict=True) if not lines]
     if unreadable and not readable:
         raise UserError(f"none of the {phase} images can be read: {quote(unreadable, phase)}")
     if unreadable:
         logger.warning("left out: %s", quote(unreadable, phase))
+    several = sorted({path for seen, _ in found for path, image in seen.items() if FIRST_OF_SEVERAL in image.dropped})
+    if several:
+        logger.warning("%d of the %s images (%s, ...) %s", len(several), phase, several[0], FIRST_OF_SEVERAL)
     return readable
 
 

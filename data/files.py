@@ -52,7 +52,7 @@ def list_files(opt: DatasetOptions) -> tuple[list[Files], list[str]]:
     problems: list[str] = []
     versions = group_versions(H_paths, L_paths, opt.scale)
     if kind == "multiLR_oneGT":
-        Hs = _partners(list(versions), H_paths, opt.scale, "image in dataroot_H", problems)
+        Hs = _partners(list(versions), H_paths, opt.scale, "image in dataroot_H", problems, shared=True)
         pairs = zip(versions.values(), Hs, strict=True)
         return [Files(H, L, None) for of_one_H, H in pairs if H for L in of_one_H], problems
     Ls = _partners(H_paths, list(versions), opt.scale, "image in dataroot_L", problems)
@@ -99,18 +99,46 @@ def group_versions(H_paths: Sequence[str], L_paths: Sequence[str], scale: int) -
 
 
 def _partners(
-    paths: Sequence[str], candidates: Sequence[str], scale: int, what: str, problems: list[str]
+    paths: Sequence[str],
+    candidates: Sequence[str],
+    scale: int,
+    what: str,
+    problems: list[str],
+    shared: bool = False,
 ) -> list[str | None]:
-    """The partner of each path among ``candidates``, None and a line in ``problems`` where there is not just one."""
+    """The partner of each path among ``candidates``, None and a line in ``problems`` where there is not just one.
+
+    Nor is there where it is closer to another path, whose partner it is: ``H/b/1.png`` has none if only ``L/a/1.png``
+    is there. ``shared`` partners may be those of several.
+    """
     partners: list[str | None] = [None] * len(paths)
     if not candidates:
         return partners
-    for i, found in enumerate(find_partners(paths, candidates, scale)):
-        if len(found) == 1:
-            partners[i] = found[0]
+    found = find_partners(paths, candidates, scale)
+    claims = defaultdict(list)
+    for path, of_its_name in zip(paths, found, strict=True):
+        if len(of_its_name) == 1:
+            claims[of_its_name[0]].append(path)
+    for i, (path, of_its_name) in enumerate(zip(paths, found, strict=True)):
+        if len(of_its_name) != 1:
+            several = f"several ({of_its_name[0]}, {of_its_name[1]})" if of_its_name else "no"
+            problems.append(f"{path}: {several} {what} of its name")
+            continue
+        partner = of_its_name[0]
+        rivals = [
+            other
+            for other in claims[partner]
+            if other != path and _closeness(other, partner) >= _closeness(path, partner)
+        ]
+        if rivals and not shared:
+            problems.append(f"{path}: no {what} of its name but {partner}, which goes with {rivals[0]}")
         else:
-            problems.append(f"{paths[i]}: {f'several ({found[0]}, {found[1]})' if found else 'no'} {what} of its name")
+            partners[i] = partner
     return partners
+
+
+def _closeness(path: str, other: str) -> tuple[bool, int]:
+    return PurePath(path).stem == PurePath(other).stem, _common_folders(path, other)
 
 
 def find_partners(paths: Sequence[str], candidates: Sequence[str], scale: int) -> list[list[str]]:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from evaluation.metrics import ssg_maps
-from utils.utils_error import UserError
+from utils.utils_error import UserError, printable
 from utils.utils_image import imread_uint, single2uint, uint2single, uint2tensor4, write_file
 from utils.utils_name import output_path
 from utils.utils_ssl import edge_mask, self_similarity_graph
@@ -34,6 +34,7 @@ _STYLE = {
     "xtick.color": _SOFT,
     "ytick.color": _SOFT,
     "axes.grid": False,
+    "text.parse_math": False,  # names of files may hold $
 }
 
 
@@ -182,7 +183,11 @@ def figure_of_images(paths: Sequence[Path], pixel: tuple[int, int] | None, outpu
         )
     png = Path(output or f"{paths[0].stem}_ssg_{x}_{y}.png")
     png = output_path(png.parent, png.name, inputs=paths)
-    names = [path.stem for path in paths] if len({path.stem for path in paths}) == len(paths) else ["first", "other"]
+    names = (
+        [printable(path.stem) for path in paths]
+        if len({path.stem for path in paths}) == len(paths)
+        else ["first", "other"]
+    )
     ssg_figure(images[0], other, (x, y), names, png)
     return png
 
@@ -282,7 +287,8 @@ def _grids(run: Path, wanted: int) -> list[tuple[str, Picture]]:
     name, paths = next(iter(by_set.items()))
     chosen = sorted({round(i) for i in np.linspace(0, len(paths) - 1, min(wanted, len(paths)))})
     return [
-        (f"{name}, step {int(paths[i].stem.rpartition('_')[2]):,}: L, E, H", imread_uint(str(paths[i]))) for i in chosen
+        (f"{printable(name)}, step {int(paths[i].stem.rpartition('_')[2]):,}: L, E, H", imread_uint(str(paths[i])))
+        for i in chosen
     ]
 
 
@@ -317,7 +323,7 @@ def training_figure(run: Path, path: Path) -> None:
                 ax.imshow(picture, cmap="gray", vmin=0, vmax=255)
                 ax.set(xticks=[], yticks=[], title=title)
         last = max(int(steps[-1]) for steps, _ in scalars.values())
-        title = f"{run.resolve().name}, {last:,} steps"
+        title = f"{printable(run.resolve().name)}, {last:,} steps"
         parts[0].suptitle(title, x=0.008, ha="left", fontsize=13, fontweight="bold")
         _save(figure, path)
 

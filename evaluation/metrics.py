@@ -283,13 +283,19 @@ class Measurer:
         self.border, self.device = border, device
         self._lock, self._threads = threading.Lock(), torch.get_num_threads()
         self._networks: dict[str, Any] = {}
-        self.missing: dict[str, str] = {}
+        self.names, self.missing = chosen, dict[str, str]()
         if with_network := [name for name in chosen if METRICS[name].library or METRICS[name].is_loss]:
-            self._networks, self.missing = _load(with_network, torch.device(device))
-        for name, why in self.missing.items():
-            logger.info("%s is left out: %s", METRICS[name].title, why)
-        self.names = [name for name in chosen if name not in self.missing]
+            self._networks, missing = _load(with_network, torch.device(device))
+            self.leave_out(missing)
         self._features: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
+
+    def leave_out(self, missing: Mapping[str, str]) -> None:
+        """Do without some metrics: name -> why; each is told once."""
+        for name, why in missing.items():
+            if name not in self.missing:
+                logger.info("%s is left out: %s", METRICS[name].title, why)
+        self.missing |= missing
+        self.names = [name for name in self.names if name not in self.missing]
 
     def names_for(self, with_truth: bool) -> list[str]:
         """The metrics of a set with ground truth, or of one without."""

@@ -28,6 +28,7 @@ _PLACE = "REPORT_DATA"  # in the template
 _LOSSLESS = 1536 * 1024  # bytes; a picture that takes more is embedded with losses
 _PAGE = 128 * 2**20  # bytes of pictures; browsers get slow with more
 _SIDE = 16383  # px, WebP's limit
+_LARGEST = 65500  # px, JPEG's, and about what browsers show
 _THUMBNAIL = 160
 _EDGES = (0, 190, 255)
 
@@ -93,7 +94,12 @@ def gallery_item(set_name: str, name: str, pictures: Mapping[str, Picture], meas
         pictures: label -> (H, W, 3) RGB or (H, W) gray, uint8; where there is a ground truth it is the last one,
             under "ground truth".
         measured: its SSG maps.
+
+    Returns:
+        Nothing ({}) where a side is longer than browsers show.
     """
+    if any(max(image.shape[:2]) > _LARGEST for image in pictures.values()):
+        return {}
     truth = pictures.get("ground truth")
     encoded = {label: _picture(image) for label, image in pictures.items()}
     differences, top = _differences(measured.ssg) if measured.ssg else ({}, 0.0)
@@ -126,9 +132,10 @@ class Gallery:
         self._bytes = 0
 
     def add(self, item: dict[str, Any]) -> None:
-        """One image."""
-        size = sum(len(uri) for uri in [*item["pictures"].values(), *item["ssg"].values(), item["edges"] or ""])
-        if self.items and self._bytes + size > _PAGE:
+        """One image; an empty one is too large to be shown."""
+        uris = [*item["pictures"].values(), *item["ssg"].values(), item["edges"] or ""] if item else []
+        size = sum(map(len, uris))
+        if not item or (self.items and self._bytes + size > _PAGE):
             self.left_out += 1
             return
         self._bytes += size

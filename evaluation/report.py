@@ -384,7 +384,7 @@ class Report:
         set_name, name, of_image = entry.set_name, entry.name, entry.values
         if any(of_image.values()):
             self._rows += [{"set": set_name, "image": name, "model": k, **v} for k, v in of_image.items()]
-        if self._gallery and entry.item:
+        if self._gallery and entry.item is not None:
             self._gallery.add(entry.item)
         if entry.row:
             captions = {label: _caption(values) for label, values in of_image.items()}

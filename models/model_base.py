@@ -66,6 +66,17 @@ def _check_moments(optimizer: torch.optim.Optimizer) -> None:
                     raise ValueError(f"{name} of a weight of shape {tuple(parameter.shape)} is {shape}")
 
 
+def _lay_as_weights(optimizer: torch.optim.Optimizer) -> None:
+    """Give each moment the memory layout of its weight: PyTorch's fused steps go over both as they lie in memory.
+
+    They come with the layout of the run that saved them, which may have trained in another (``train.channels_last``).
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.ndim and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 def synchronised(network: nn.Module, device: torch.device) -> nn.Module:
     """A network whose batch norms take their statistics over all processes; names and parameters are the same ones.
 
@@ -197,6 +208,20 @@ class ModelBase:
         names = [*self.networks, *(f"optimizer{name}" for name in self.optimizers)]
         return {name: folder / f"{step}_{name}.pth" for name in names}
 
+    def files_to_load(
+        self, folder: Path, step: int, expected: Mapping[str, Fingerprint] | None = None
+    ) -> dict[str, Path]:
+        """Those of :meth:`files` that a saved one must have: an average E only if it was saved with one.
+
+        Args:
+            expected: what :meth:`save` wrote; None = not known.
+        """
+        files = self.files(folder, step)
+        average = files.get("E")
+        if average and (average.name not in expected if expected else not average.is_file()):
+            del files["E"]
+        return files
+
     def save(
         self, folder: Path, step: int, validation: Mapping[str, Mapping[str, float]] | None = None
     ) -> dict[str, Fingerprint]:
@@ -245,7 +270,8 @@ class ModelBase:
             DamagedError: a file cannot be read or is another one; what was loaded before it has stayed.
             UserError: a file does not fit this run.
         """
-        for name, path in self.files(folder, step).items():
+        files = self.files_to_load(folder, step, expected)
+        for name, path in files.items():
             fingerprint = expected[path.name] if expected else None
             if name in self.networks:
                 load_network(path, self.networks[name], strict=True, expected=fingerprint)
@@ -268,8 +294,12 @@ class ModelBase:
                     group.update(own)
                 optimizer.load_state_dict(state)
                 _check_moments(optimizer)
+                _lay_as_weights(optimizer)
             except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
                 raise UserError(f"{path}: does not fit this run's optimizer ({error}); use another task") from error
+        if "E" in self.networks and "E" not in files:
+            logger.info("step %d was saved without an average E: it begins as a copy of G", step)
+            self.networks["E"].load_state_dict(unwrap(self.networks["G"]).state_dict())
 
     # ------------------------------------------------------------------------------------------------------ training
 
@@ -425,7 +455,8 @@ class ModelBase:
             self._leave_out(current_step, bad[:1], owner)
             return False
         self.bad_in_a_row = 0
-        self.log.update(found)
+        # The norm of a gradient that is beyond half precision for once says nothing of the run.
+        self.log.update({term: value for term, value in found.items() if math.isfinite(value)})
         for name in trained:
             self.scalers[name].step(self.optimizers[name])
             self.scalers[name].update()

@@ -162,19 +162,21 @@ class Step(NamedTuple):
 
 
 def steps_of(spec: str) -> list[Step]:
-    """Every checkpoint of a run that ``spec`` names: of the average E where the run has one, else of G.
+    """Every checkpoint of a run that ``spec`` names: the average E of each step that has one, else G.
 
     Raises:
         UserError: it is no folder of a run, or has no checkpoints.
     """
     label, path = labelled(spec)
     models = path / "models" if (path / "models").is_dir() else path
-    network = next((name for name in "EG" if saved_steps(models, name)), None)
-    if network is None:
+    averages = saved_steps(models, "E")
+    steps = sorted({*averages, *saved_steps(models, "G")})
+    if not steps:
         raise UserError(f"--all_steps: {path} is no run's folder with checkpoints, {{iter}}_E.pth or {{iter}}_G.pth")
     run = label or run_name(path)
-    steps = reversed(saved_steps(models, network))
-    return [Step(run, step, models / f"{step}_{network}.pth") for step in steps]
+    if averages and (without := [step for step in steps if step not in averages]):
+        logger.info("--all_steps: of steps %s there is no average E, G is tested", ", ".join(map(str, without)))
+    return [Step(run, step, models / f"{step}_{'E' if step in averages else 'G'}.pth") for step in steps]
 
 
 # What decides over the result and is not told by the weights of a network.

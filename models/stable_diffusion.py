@@ -201,7 +201,9 @@ class AroundStableDiffusion(nn.Module):
                 memo[id(tensor)] = tensor
         result = type(self).__new__(type(self))
         memo[id(self)] = result
-        result.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        # Without what Module.compile() leaves, as torch's own copies: it would call the original.
+        state = {name: value for name, value in self.__dict__.items() if name != "_compiled_call_impl"}
+        result.__dict__.update(copy.deepcopy(state, memo))
         return result
 
 

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -178,6 +179,19 @@ def test_L_H_and_mask_are_aligned_under_all_eight_modes(folders):
         assert torch.equal(positions(item["L"]), blocks)
         directions.add((*(place[0, 1] - place[0, 0]).tolist(), *(place[1, 0] - place[0, 0]).tolist()))
     assert len(directions) == 8
+
+
+def test_a_partner_in_another_folder_goes_with_one_image_alone(tmp_path):
+    for name in ("H/a/1", "H/b/1", "L/a/1"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        side = 32 if name.startswith("H") else 8
+        imsave(photograph(side, side), f"{tmp_path / name}.png")
+    opt = options(dataroot_H=str(tmp_path / "H"), dataroot_L=str(tmp_path / "L"))
+    wrong = find_problems(opt).wrong
+    assert len(wrong) == 1
+    assert re.search(
+        r"H/b/1\.png: no image in dataroot_L of its name but .*L/a/1\.png, which goes with .*H/a/1", wrong[0]
+    )
 
 
 def test_use_rot_off_only_mirrors(folders):

@@ -261,6 +261,13 @@ def test_tiles_meet_without_a_seam() -> None:
     assert 0 < jump < 0.5
 
 
+def test_pieces_in_half_precision_are_blended_in_single() -> None:
+    image = torch.rand(1, 1, 40, 64, generator=torch.Generator().manual_seed(0)).half()
+    blended = blend_tiles(lambda piece: piece, [image], 24, 12)
+    # A corner weighs 1.4e-11 of its middle, which is 0 in half precision; sums of equal numbers round in float32.
+    torch.testing.assert_close(blended, image.float(), atol=1e-6, rtol=1e-6)
+
+
 def test_the_middle_of_a_piece_is_its_own_and_weights_are_a_gaussian_of_a_tenth_of_its_side() -> None:
     image, number = torch.zeros(1, 1, 16, 24), iter((0.0, 1.0))
     blended = blend_tiles(lambda piece: torch.full_like(piece, next(number)), [image], 16, 8)

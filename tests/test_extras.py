@@ -75,14 +75,22 @@ SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("colour", [4, 6])
-@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("orientation", [1, 6, "6, behind the pixels"])
 def test_alpha_is_read_beside_colours_that_stay_and_saved_again(tmp_path, bits, colour, orientation):
+    is_late = isinstance(orientation, str)
+    orientation = 6 if is_late else orientation
     samples = np.random.default_rng(0).integers(0, 2**bits, (9, 13, 2 if colour == 4 else 4))
     samples[:4, ..., -1] = 0  # below it the colours stay
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = str(tmp_path / "a.png")
-    (tmp_path / "a.png").write_bytes(raw_png(samples, bits, colour, (b"eXIf", exif.tobytes()[6:])))
+    content = raw_png(samples, bits, colour, (b"eXIf", exif.tobytes()[6:]))
+    if is_late:
+        chunk = content[content.index(b"eXIf") - 4 : content.index(b"IDAT") - 4]
+        content = content.replace(chunk, b"")
+        content = content[:-12] + chunk + content[-12:]  # before IEND
+    (tmp_path / "a.png").write_bytes(content)
+    assert util.image_size(path) == upright(samples, orientation).shape[:2]
     for _ in range(2):
         img, extras = util.read_image(path, None)
         np.testing.assert_array_equal(np.dstack([img, extras.alpha]), upright(samples, orientation))

@@ -1,5 +1,6 @@
 """Reading, writing, colour, MATLAB bicubic and metrics: golden values of KAIR and BasicSR, and twins on made images."""
 
+import base64
 from pathlib import Path
 
 import cv2
@@ -81,6 +82,32 @@ def test_exif_rotation_is_applied(tmp_path):
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     Image.fromarray(smooth_image(40, 52)).save(tmp_path / "turned.jpg", exif=exif)
     assert util.imread_uint(str(tmp_path / "turned.jpg")).shape == (52, 40, 3)
+
+
+@pytest.mark.parametrize("white", [100, 255, 1023, 4095, 65535])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pnm_is_read_in_its_own_range(tmp_path, white, channels):
+    image = (smooth_image()[..., :channels] / 255 * white).round().astype(">u2" if white > 255 else "u1")
+    header = b"P%d\n# 9 9 9\n52 40\n%d\n" % (5 if channels == 1 else 6, white)
+    (tmp_path / "a.pnm").write_bytes(header + image.tobytes())
+    read = util.imread_uint(str(tmp_path / "a.pnm"), channels)
+    assert read.itemsize == image.itemsize
+    peak = np.iinfo(read.dtype).max
+    np.testing.assert_allclose(read / peak, image / white, rtol=0, atol=0.5 / peak + 1e-9)  # rounding
+
+
+def test_jpeg_2000_of_12_bits_is_read_in_its_own_range(tmp_path):
+    """Levels 0, 1365, 2730 and 4095 in 12 bits, without loss."""
+    content = (
+        "/0//UQApAAAAAAAEAAAABAAAAAAAAAAAAAAABAAAAAQAAAAAAAAAAAABCwEB/1IADAAAAAEAAAQEAAH/XAAEQGD/kAAKAAAAAAArAAH/k9/g"
+        "aBFqSmCoBbBrpDM8o5WInCzHWAnCzHWAnFYb/9k="
+    )
+    (tmp_path / "a.j2k").write_bytes(base64.b64decode(content))
+    levels = util.imread_uint(str(tmp_path / "a.j2k"), 1)[..., 0]
+    if levels.dtype == np.uint16:
+        assert levels.tolist() == [[0, 21845, 43690, 65535]] * 4
+    else:  # where OpenCV was built without JPEG 2000 Pillow reads it, with 8 bits
+        assert levels.tolist() == [[0, 85, 170, 255]] * 4
 
 
 @pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".jpg", ".webp"])

@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from evaluation.report import Report
 from main_test import main
@@ -329,6 +330,24 @@ def test_all_steps_are_the_averages_of_a_run_in_their_order(tmp_path):
     assert {path.name for path in (run / "results").glob("run_*")} == {"run_8", "run_10"}
     with pytest.raises(UserError, match=r"--all_steps: .*gt is no run's folder with checkpoints"):
         main(["--model_path", str(images), "--all_steps", "--gt", str(images)])
+
+
+def test_all_steps_of_a_run_whose_average_has_ended_are_those_of_its_generator(tmp_path, capsys):
+    run = save_run(tmp_path / "run", names=("8_E", "8_G", "10_G"))
+    images = save_images(tmp_path / "gt", {"a.png": (40, 48)})
+    main(["--model_path", str(run), "--all_steps", "--gt", str(images), "--metrics", "psnr"])
+    models = json.loads((run / "results" / "results.json").read_text())["models"]
+    assert [Path(models[f"run_{step}"]).name for step in (8, 10)] == ["8_E.pth", "10_G.pth"]
+    assert "of steps 10 there is no average E, G is tested" in capsys.readouterr().out
+
+
+def test_of_an_animation_the_first_image_is_restored_and_that_is_said(tmp_path, capsys):
+    frames = [Image.fromarray(photograph(12, 12, seed=seed)) for seed in range(2)]
+    (tmp_path / "L").mkdir()
+    frames[0].save(tmp_path / "L" / "a.webp", save_all=True, append_images=frames[1:], lossless=True)
+    main(["--model_path", str(save_run(tmp_path / "run")), "--input", str(tmp_path / "L")])
+    told = capsys.readouterr()
+    assert "a.webp, ...) animated or of several pages, of which the first is used" in told.out + told.err
 
 
 def test_without_ground_truth_images_are_only_restored_beside_the_run(tmp_path):

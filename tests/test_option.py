@@ -160,6 +160,13 @@ def test_a_control_character_in_a_path_is_a_single_backslash(base: Path, key: st
     assert str(error.value).isprintable()
 
 
+def test_a_tilde_is_the_home_folder_as_in_kair(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/a")
+    monkeypatch.setenv("USERPROFILE", "/home/a")
+    opt = parse(base, overrides=["path.root=~/runs", 'datasets.train.dataroot_H=["~/b", "c~/d"]'])
+    assert (opt.path.root, opt.datasets["train"].dataroot_H) == ("/home/a/runs", ["/home/a/b", "c~/d"])
+
+
 def test_a_control_character_in_a_list_of_paths_is_found_too(base: Path) -> None:
     with pytest.raises(UserError, match=r"dataroot_H: .*control character.*; write"):
         parse(base, overrides=[r'datasets.train.dataroot_H=["a", "D:\train"]'])

@@ -86,8 +86,10 @@ def test_a_page_that_would_get_too_large_leaves_images_out(monkeypatch, tmp_path
         gallery.add(gallery_item("set", str(seed), {"E": photograph(20, 20, seed=seed)}, Measured({}, {})))
     assert [image["name"] for image in gallery.items] == ["0"]
     assert gallery.left_out == 2
+    monkeypatch.setattr(report_page, "_LARGEST", 59)
+    gallery.add(gallery_item("set", "strip", {"E": photograph(60, 20)}, Measured({}, {})))
     write_html({}, gallery, ["psnr"], 5, "note", tmp_path / "report.html")
-    assert '"left_out":2' in (tmp_path / "report.html").read_text()
+    assert '"left_out":3' in (tmp_path / "report.html").read_text()
 
 
 # ------------------------------------------------------------------------------------------------------- in a browser

@@ -172,6 +172,8 @@ def test_a_step_that_one_network_leaves_out_does_not_hold_up_the_other(work: Sys
         step(model, three(work))
         kept = {n: all(map(torch.equal, before[n], model.networks[n].parameters())) for n in "GD"}
         assert kept == {broken: True, other: False}
+        assert f"{broken}_grad" not in model.current_log()  # its mean over steps would be nothing but infinite
+        assert f"{other}_grad" in model.current_log()
         assert scaler.get_scale() == 2.0**99
         assert model.scalers[other].get_scale() == 64
         log, _ = step(model, three(work), 2)

@@ -225,6 +225,33 @@ def test_the_last_every_nth_and_the_best_by_a_metric_are_kept(work: Workplace, m
     assert kept(work) == [7]
 
 
+def test_half_a_set_does_not_push_out_a_whole_one(work: Workplace) -> None:
+    each = ("train.checkpoint_save=2", "train.checkpoint_keep=2", "datasets.test=null")
+    work.run(*each, "train.iterations=4")
+    shutil.copy(work.folder() / "models" / "4_G.pth", work.folder() / "models" / "5_G.pth")  # killed in the midst of it
+    work.run(*each, "train.iterations=6")
+    assert {4, 6} <= set(kept(work))
+
+
+def test_a_manifest_is_on_the_disk_before_older_sets_go(work: Workplace, monkeypatch) -> None:
+    done: list[str] = []
+    fsync, unlink = os.fsync, Path.unlink
+
+    def synced(descriptor: int) -> None:
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def unlinked(self: Path, **how: bool) -> None:
+        done.append(f"remove {self.name}" if re.match(r"\d+_G\.pth", self.name) else "")
+        unlink(self, **how)
+
+    monkeypatch.setattr("os.fsync", synced)
+    monkeypatch.setattr(Path, "unlink", unlinked)
+    work.run("train.checkpoint_save=2", "train.checkpoint_keep=1", "datasets.test=null")
+    manifest = next(i for i, name in enumerate(done) if name.startswith(".4_state.json"))
+    assert manifest < len(done) - 1 - done[::-1].index("models") < done.index("remove 2_G.pth")
+
+
 def test_what_is_kept_besides_means_nothing_where_all_are_kept(work: Workplace) -> None:
     ours = ("train.checkpoint_keep_every=4", "train.checkpoint_keep_best=2")
     assert set(parse(work.file(), overrides=ours).unused) >= {

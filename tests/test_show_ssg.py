@@ -1,5 +1,6 @@
 """main_show_ssg.py and evaluation/figure.py."""
 
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from main_show_ssg import main
 from tests.conftest import REPOSITORY, photograph
 from utils.utils_error import UserError
 from utils.utils_image import imread_uint, imsave, uint2tensor4
+from utils.utils_png import encode_png
 from utils.utils_ssl import edge_mask, self_similarity_graph
 
 
@@ -73,6 +75,17 @@ def test_images_of_16_bits_are_drawn_by_the_8_that_are_measured(tmp_path, drawn)
     main([str(tmp_path / "deep.png"), "--output", str(tmp_path / "f.png")])
     shown = [np.asarray(axes.images[0].get_array()) for axes in drawn[0].axes if axes.images]
     assert any(np.array_equal(one, np.minimum(image.astype(int) + 1, 255)) for one in shown)
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.png", b"gray_$x$_$\\y$.png"])
+def test_any_name_of_a_file_can_be_a_title(tmp_path, name):
+    path = tmp_path / os.fsdecode(name)
+    try:
+        path.write_bytes(encode_png(photograph(40, 44)))
+    except OSError:
+        pytest.skip("this file system has no such names")
+    main([str(path), "--output", str(tmp_path / "f.png")])
+    assert imread_uint(str(tmp_path / "f.png")).size
 
 
 def test_the_telling_pixel_is_where_the_graphs_differ_most():

@@ -330,6 +330,13 @@ def test_only_what_is_trained_is_a_parameter_and_gets_a_gradient(options: dict[s
 
 
 @BOTH
+def test_a_copy_of_a_compiled_network_computes_by_itself(options: dict[str, Any], sd: Path) -> None:
+    network = build(sd, options)
+    network.compile(backend="eager")
+    assert copy.deepcopy(network)._compiled_call_impl is None  # else it would call the original
+
+
+@BOTH
 def test_a_copy_shares_the_base_and_nothing_that_is_trained(options: dict[str, Any], sd: Path) -> None:
     network = moved(build(sd, options, use_checkpoint=True))
     x, t, y, L = inputs()

@@ -210,6 +210,19 @@ def test_fax_is_read(tmp_path, compression):
     np.testing.assert_array_equal(util.imread_uint(str(tmp_path / "a.tif"), 1)[..., 0], np.asarray(image.convert("L")))
 
 
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+def test_three_bands_that_are_called_gray_are_rgb(tmp_path, planar):
+    samples = noise(3, 16)
+    write(tmp_path / "a.tif", samples, "minisblack", planarconfig=planar, extrasamples=["unspecified"] * 2)
+    np.testing.assert_array_equal(util.imread_uint(str(tmp_path / "a.tif")), samples)
+
+
+def test_more_bands_that_are_called_gray_are_refused(tmp_path):
+    write(tmp_path / "a.tif", noise(5, 16), "minisblack", planarconfig="contig", extrasamples=["unspecified"] * 4)
+    with pytest.raises(UserError, match=r"a\.tif has 5 bands, of which none is said to be a colour"):
+        util.imread_uint(str(tmp_path / "a.tif"))
+
+
 def test_of_several_pages_the_first_is_read(tmp_path):
     pages = np.stack([noise(3, 16), noise(3, 16, seed=1)])
     tifffile.imwrite(tmp_path / "a.tif", pages, photometric="rgb")

@@ -12,6 +12,7 @@ from utils.utils_checkpoint import DamagedError, Fingerprint
 from utils.utils_error import UserError
 from utils.utils_metric_table import METRICS
 from utils.utils_resume import Run, never_saved, read_run, read_state, save_sealed, saved_steps
+from utils.utils_run import sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +23,9 @@ Validation = Mapping[str, Mapping[str, float]]  # of a step: test set -> metric 
 class Saved(Protocol):
     """What a model offers to be saved: ``models.model_base.ModelBase``."""
 
-    def files(self, folder: Path, step: int) -> dict[str, Path]: ...
+    def files_to_load(
+        self, folder: Path, step: int, expected: Mapping[str, Fingerprint] | None = None
+    ) -> dict[str, Path]: ...
     def save(self, folder: Path, step: int, validation: Validation) -> dict[str, Fingerprint]: ...
     def load(self, folder: Path, step: int, expected: Mapping[str, Fingerprint] | None = None) -> None: ...
 
@@ -110,10 +113,10 @@ class Checkpoints:
         found = {*saved_steps(self.folder), *(int(match[1]) for match in states if match)}
         steps = sorted((step for step in found if step <= upto), reverse=True)
         for step in steps:
-            files = model.files(self.folder, step)
             try:
                 state = read_state(self.folder, step, self.run)
                 expected = state.get("files")
+                files = model.files_to_load(self.folder, step, expected)
                 if missing := [path.name for path in files.values() if not path.is_file()]:
                     raise DamagedError(f"no {', '.join(missing)}")
                 if expected and (other := [path.name for path in files.values() if path.name not in expected]):
@@ -129,20 +132,21 @@ class Checkpoints:
                 logger.info("checkpoint %d is of before there were manifests: nothing says that it is whole", step)
             self.state = self._newest_state(step)
             return step
-        if newest and not self._is_cut_off(steps, model):
+        # A first save that was cut off before it wrote its state leaves nothing to go on from.
+        if newest and not (self.run.run and never_saved(self.folder, self.run)):
             raise UserError(
                 f"{self.folder}: holds checkpoints that this run cannot go on from ({newest}); choose another task, "
                 f"with path.pretrained_netG to start from their weights, or remove that folder"
             )
         return 0
 
-    def _is_cut_off(self, steps: list[int], model: Saved) -> bool:
-        """Whether the files are what a first save left that was cut off, before it wrote its state."""
-        if not never_saved(self.folder, self.run):
+    def _is_whole(self, step: int) -> bool:
+        """Whether a set has all its files, as far as names tell."""
+        try:
+            listed = read_state(self.folder, step, self.run).get("files") or {}
+        except DamagedError:
             return False
-        # Of before there was a run.json: such a save leaves one step, without all of its files.
-        incomplete = any(not path.is_file() for path in model.files(self.folder, steps[0]).values())
-        return bool(self.run.run) or (len(steps) == 1 and incomplete)
+        return all((self.folder / name).is_file() for name in listed)
 
     def _newest_state(self, upto: int) -> State:
         """What goes on into the next states: of old sets, a state before may know what the newest lacks."""
@@ -190,6 +194,7 @@ class Checkpoints:
         self.run.save(self.folder.parent / "run.json")
         logger.info("saved step %d in %s", step, self.folder)
         if self.keep:
+            sync_folder(self.folder)
             kept = self._kept(step)
             for path in self.folder.iterdir():
                 # Of any kind of run: an average that is no longer made, say, would never be listed by this model.
@@ -203,9 +208,9 @@ class Checkpoints:
         return one > other if METRICS[self.metric].higher_better else one < other
 
     def _kept(self, step: int) -> set[int]:
-        """The steps to keep. A later one is what an interruption left: it must not push out what was just saved."""
+        """The steps to keep. What an interruption left, a later step or half a set, must not push out a whole one."""
         steps = [n for n in saved_steps(self.folder) if n <= step]
-        kept = {*steps[: self.keep]}
+        kept = {*[n for n in steps if self._is_whole(n)][: self.keep]}
         if self.every:
             kept |= {n for n in steps if n % self.every == 0}
         if self.best:

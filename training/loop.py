@@ -137,20 +137,21 @@ def _prepare(opt: Options, device: torch.device, lock: FolderLock | None) -> _Ru
     if seed is None:
         before = checkpoints.seed()
         seed = utils_dist.from_main(random.randrange(10000) if before is None else before, device)
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
     set_up(opt.train)
     train_set = define_Dataset(data)
     test_sets = {name: define_Dataset(d) for name, d in opt.test_sets.items()}
     measures = bool(test_sets) and opt.model != "ranker" and lock is not None
     measurer = validation_measurer(opt, device) if measures else None
-    model = define_Model(opt.model_copy(update={"path": opt.path.model_copy(update=dict.fromkeys(gone))}), device)
+    # A run that goes on has all weights: what it once began with may have been moved, replaced or damaged since.
+    goes_on = utils_dist.highest(len(saved_steps(checkpoints.folder)), device) > 0
+    model = _model(opt, _starts(opt) if goes_on else gone, seed, device)
     degrade = Degrader(data, device) if data.degradation_device == "gpu" else None
     step = checkpoints.resume(model, degrade)
     lowest = -utils_dist.highest(-step, device)
     if 0 < lowest < step:  # another process could not read its part of that one
         step = checkpoints.resume(model, degrade, upto=lowest)
+    if goes_on and not utils_dist.highest(step, device):  # a first save was cut off
+        model = _model(opt, gone, seed, device)
     for key, problem in gone.items():
         if not step:
             raise UserError(problem)
@@ -180,6 +181,22 @@ def _prepare(opt: Options, device: torch.device, lock: FolderLock | None) -> _Ru
     sampler = EndlessBatchSampler(images, batch, seed, data.dataloader_shuffle, step, rank, world_size)
     loader = training_loader(train_set, sampler, data.dataloader_num_workers, pin_memory=device.type == "cuda")
     return _Run(opt, device, seed, step, model, loader, degrade, test_sets, measurer, checkpoints, lock)
+
+
+def _starts(opt: Options) -> list[str]:
+    """The options of ``path`` that name weights to begin with, and nothing that is needed besides."""
+    named = ["pretrained_netD", "pretrained_netE"]
+    if opt.netG and opt.netG.net_type != "spandrel":  # which is built from it
+        named.append("pretrained_netG")
+    return [*named, "pretrained_netR"] if opt.model == "ranker" else named
+
+
+def _model(opt: Options, without: Iterable[str], seed: int, device: torch.device) -> ModelBase:
+    """The model with weights drawn by ``seed``, of those that ``path`` names all but ``without``."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return define_Model(opt.model_copy(update={"path": opt.path.model_copy(update=dict.fromkeys(without))}), device)
 
 
 def _rehearse(opt: Options, device: torch.device) -> None:

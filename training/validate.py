@@ -2,6 +2,8 @@
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -44,18 +46,13 @@ def validate(
         images: rows of the grid.
 
     Raises:
-        ValidationError: the memory is too small, or an image cannot be read.
+        ValidationError: the memory is too small, an image cannot be read or the grid not be written.
     """
-    sums, rows, problem = dict[str, float](), list[Picture](), ""
-    try:
+    with _told_by_all(tile_remedy(model.opt.test.tile, "test.tile=")):
         sums, rows = _own_share(model, test_set, measurer, images)
-    except UserError as error:
-        problem = str(error)
-    if problems := [text for text in utils_dist.gathered(problem) if text]:
-        raise ValidationError(problems[0])
+        if rows:
+            imsave(_stack(rows), str(grid))
     sums = utils_dist.total(sums, device)
-    if rows:
-        imsave(_stack(rows), str(grid))
     means = {}
     for name in measurer.names:
         total, finite, infinite = (sums[f"{name} {of}"] for of in ("sum", "finite", "infinite"))
@@ -67,6 +64,23 @@ def validate(
     return means
 
 
+@contextmanager
+def _told_by_all(remedy: str) -> Iterator[None]:
+    """This process's share of a validation: what goes wrong with one of them is raised in all, after all are done.
+
+    Raises:
+        ValidationError: an image or a file, or too little memory, for which there is ``remedy``.
+    """
+    problem = ""
+    try:
+        with enough_memory(f"validation: {remedy}"):
+            yield
+    except UserError as error:
+        problem = str(error)
+    if problems := [text for text in utils_dist.gathered(problem) if text]:
+        raise ValidationError(problems[0])
+
+
 def _own_share(
     model: ModelSR, test_set: Dataset, measurer: Measurer, images: int
 ) -> tuple[dict[str, float], list[Picture]]:
@@ -75,8 +89,7 @@ def _own_share(
     rows: list[Picture] = []
     for batch in one_by_one(test_set, utils_dist.rank(), utils_dist.world_size()):
         model.feed_data(batch, need_H="H" in batch)
-        with enough_memory(f"validation: {tile_remedy(model.opt.test.tile, 'test.tile=')}"):
-            model.test()
+        model.test()
         visuals = model.current_visuals()
         shown = {name: tensor2uint(image.nan_to_num()) for name, image in visuals.items()}
         sound = 1.0 if visuals["E"].isfinite().all() else math.nan
@@ -111,6 +124,8 @@ def validation_measurer(opt: Options, device: torch.device) -> Measurer:
     if of_sets := [name for name in names if METRICS[name].needs == "set"]:
         raise UserError(f"test.validation: {of_sets[0]} is of whole sets, main_test.py measures it; leave it out")
     measurer = Measurer(names, opt.scale, device)
+    for of_one in utils_dist.gathered(measurer.missing):  # weights in one machine's cache alone, say
+        measurer.leave_out(of_one)
     if best in measurer.missing:
         raise UserError(f"train.checkpoint_best_by: {best} cannot be had: {measurer.missing[best]}")
     return measurer
@@ -122,12 +137,16 @@ def validate_ranker(model: ModelRanker, test_set: Dataset, device: torch.device)
     Args:
         model: what orders.
         test_set: items with better and worse.
+
+    Raises:
+        ValidationError: the memory is too small, or an image cannot be read.
     """
     sums = {"in_order": 0.0, "count": 0.0}
-    for batch in one_by_one(test_set, utils_dist.rank(), utils_dist.world_size()):
-        model.feed_data(batch)
-        sums["in_order"] += model.test().sum().item()
-        sums["count"] += 1
+    with _told_by_all("the memory is too small for the images of datasets.test: make them smaller"):
+        for batch in one_by_one(test_set, utils_dist.rank(), utils_dist.world_size()):
+            model.feed_data(batch)
+            sums["in_order"] += model.test().sum().item()
+            sums["count"] += 1
     sums = utils_dist.total(sums, device)
     return sums["in_order"] / sums["count"]
 

@@ -34,8 +34,8 @@ from utils.utils_error import UserError, check_regular
 from utils.utils_icc import foreign_profile
 from utils.utils_lmdb import MAX_FILE
 from utils.utils_npy import RAW_SUFFIX, decode_npy, encode_npy, is_npy, map_npy, npy_facts
-from utils.utils_png import GRAY, GRAY_ALPHA, encode_png, png_chunks, png_kind
-from utils.utils_tiff import TiffFacts, is_tiff, read_tiff, tiff_facts, upright
+from utils.utils_png import GRAY, GRAY_ALPHA, encode_png, late_exif, png_chunks, png_kind
+from utils.utils_tiff import TiffFacts, full_range, is_tiff, read_tiff, tiff_facts, upright
 
 logger = logging.getLogger(__name__)
 Array = NDArray[Any]
@@ -51,6 +51,7 @@ IMAGE_SUFFIXES = (
 _PILLOWS = ("WEBP", "GIF", "AVIF")  # what Pillow decodes, and not OpenCV
 _PILLOWS_TOO = ("DIB", "JPEG2000", "PPM", "TGA")  # what some versions of OpenCV do not read
 
+FIRST_OF_SEVERAL = "animated or of several pages, of which the first is used"  # see dropped
 _CICP_SRGB = bytes([1, 13, 0, 1])  # primaries, transfer, matrix, full range
 
 # A small file can unpack to any size: 16384 x 16384 pixels are read, phones make 200 megapixels.
@@ -267,17 +268,28 @@ def read_image(path: str, n_channels: int | None = 3) -> tuple[Array, ImageExtra
 
 
 def dropped(data: NDArray[np.uint8], path: str) -> list[str]:
-    """What :func:`decode` loses of a file that it can read: transparency, a profile; a phrase each."""
+    """What :func:`decode` loses of a file that it can read: transparency, a profile, pages, bits; a phrase each."""
     header = read_header(data, path)
     if header is None:
         return []
     phrases = ["with transparency, which is dropped"] if has_alpha(header) else []
+    if header.has_pages if isinstance(header, TiffFacts) else getattr(header, "n_frames", 1) > 1:
+        phrases.append(FIRST_OF_SEVERAL)
+    if isinstance(header, Image.Image) and header.format == "AVIF" and _is_deep_avif(data):
+        phrases.append("with 10 or 12 bits a channel, of which 8 are read")
     icc, cicp = _profiles(data, header)
     if cicp not in (None, _CICP_SRGB):
         phrases.append(f"with colours that are not sRGB's (cICP {'-'.join(map(str, cicp))}), but taken for them")
     elif cicp is None and icc and icc[16:20] != b"CMYK" and (name := foreign_profile(icc)):
         phrases.append(f"with colours that are not sRGB's (profile {name}), but taken for them")
     return phrases
+
+
+def _is_deep_avif(data: NDArray[np.uint8]) -> bool:
+    """Whether the first image of an AVIF file says that it has more than 8 bits a channel (av1C, high_bitdepth)."""
+    start = data[:65536].tobytes()
+    at = start.find(b"av1C")
+    return 0 <= at < len(start) - 6 and bool(start[at + 6] & 0x40)
 
 
 def _profiles(data: NDArray[np.uint8], header: Image.Image | TiffFacts | None) -> tuple[bytes | None, bytes | None]:
@@ -315,9 +327,16 @@ def _decode(
             kind = {3: cv2.IMREAD_COLOR, 1: cv2.IMREAD_GRAYSCALE, None: cv2.IMREAD_ANYCOLOR}[n_channels]
             if n_channels is None and png_kind(data)[1] == GRAY_ALPHA:  # to OpenCV a kind of RGB
                 kind = cv2.IMREAD_GRAYSCALE
+            of_png = header if header is not None and header.format == "PNG" else None
+            if of_png:
+                kind |= cv2.IMREAD_IGNORE_ORIENTATION  # which may stand behind the pixels, too
             img = cv2.imdecode(data, cv2.IMREAD_ANYDEPTH | kind)
             if img is not None and img.ndim == 3:
                 img = cv2.cvtColor(img, cv2.COLOR_BGR2RGB)
+            if img is not None and of_png:
+                img = upright(img, exif_orientation(of_png))
+            if img is not None and 0 < (white := _white(data)) < np.iinfo(img.dtype).max:
+                img = full_range(img, white)
             if img is None and header is not None and header.format in _PILLOWS_TOO:
                 img = _with_pillow(header)
         if with_alpha and isinstance(header, Image.Image):
@@ -329,6 +348,19 @@ def _decode(
     if img.dtype not in (np.uint8, np.uint16):
         raise UserError(f"{path} holds {img.dtype} values: save it with 8 or 16 bits a channel")
     return _with_channels(img, n_channels), alpha, header
+
+
+def _white(data: NDArray[np.uint8]) -> int:
+    """The largest number of the samples in a PNM file or JPEG 2000; 0 for others."""
+    start = data[:65536].tobytes()
+    # Magic number, width, height, largest value; a comment may stand before each.
+    if found := re.match(rb"P[2356](?:(?:\s|#[^\n]*\n)+(\d+)){3}\s", start):
+        return int(found[1])
+    if start.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ")):
+        size = start.find(b"\xff\x51")  # the SIZ marker; its 41st byte is the first component's depth, less one
+        if 0 <= size < len(start) - 40:
+            return int((1 << (start[size + 40] & 0x7F) + 1) - 1)
+    return 0
 
 
 def _with_channels(img: Array, n_channels: int | None) -> Array:
@@ -353,7 +385,13 @@ def read_header(data: NDArray[np.uint8], path: str) -> Image.Image | TiffFacts |
 
 def _pillow_header(file: IO[bytes], path: str) -> Image.Image | None:
     try:
-        return Image.open(file)
+        image = Image.open(file)
+        if image.format == "PNG" and "exif" not in image.info:  # it may stand behind the pixels, too
+            at = file.tell()
+            if exif := late_exif(file):
+                image.info["exif"] = b"Exif\0\0" + exif
+            file.seek(at)
+        return image
     except Image.DecompressionBombError as error:
         found = re.search(r"\d+", str(error))  # it begins with how many there are
         raise _too_many(int(found[0]) if found else MAX_PIXELS, path) from error

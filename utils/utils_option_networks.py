@@ -5,6 +5,7 @@ takes) stands on its class as data, with which utils_option_checks compares the 
 """
 
 import json
+import os
 import re
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -30,14 +31,14 @@ def _not_tiny(value: float) -> float:
 
 
 def plain_path(value: str | list[str]) -> str | list[str]:
-    """``"D:\\train"`` with one backslash is valid JSON: it holds a tab."""
+    """With ``~`` as the home folder, as in KAIR. ``"D:\\train"`` with one backslash is valid JSON: it holds a tab."""
     for path in [value] if isinstance(value, str) else value:
         longest = max(len(name.encode("utf-8", "surrogatepass")) for name in re.split(r"[/\\]", path))
         if len(path) > 4000 or longest > 255:
             raise ValueError(f"of {len(path)} characters is too long, or a name in it; names have 255 bytes at most")
         if re.search(r"[\x00-\x1f\x7f]", path):
             raise ValueError(f"{json.dumps(path)} holds a control character, which {_BACKSLASH}")
-    return value
+    return os.path.expanduser(value) if isinstance(value, str) else [os.path.expanduser(path) for path in value]
 
 
 _BACKSLASH = r"a single backslash makes of the letter after it; write \\ or / in paths"

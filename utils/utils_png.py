@@ -1,9 +1,10 @@
 """PNG beyond OpenCV: profiles, gray with alpha, and what a file's chunks say."""
 
+import os
 import struct
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 import cv2
 import numpy as np
@@ -26,6 +27,20 @@ def png_chunks(data: NDArray[np.uint8]) -> Iterator[tuple[bytes, bytes]]:
             return
         yield name, data[at + 8 : at + 8 + length].tobytes()
         at += 12 + length
+
+
+def late_exif(file: IO[bytes]) -> bytes:
+    """The content of an eXIf chunk wherever it stands in a PNG file, behind the pixels too; b"" where there is none."""
+    file.seek(len(_SIGNATURE))
+    for _ in range(1 << 20):  # there are files that consist of empty chunks
+        head = file.read(8)
+        if len(head) < 8:
+            break
+        length, name = struct.unpack(">I4s", head)
+        if name == b"eXIf":
+            return file.read(length)
+        file.seek(length + 4, os.SEEK_CUR)
+    return b""
 
 
 def png_kind(data: NDArray[np.uint8]) -> tuple[int, int]:

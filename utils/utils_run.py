@@ -1,5 +1,6 @@
 """What makes a run repeatable, and writing files that are never half written."""
 
+import contextlib
 import json
 import math
 import os
@@ -81,12 +82,27 @@ def write_atomically(text: str, path: Path) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         try:
-            part.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+            with part.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut may leave the new name without content
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names of what was written in a folder on the disk before others are removed, where the system can."""
+    if os.name != "posix":
+        return
+    with contextlib.suppress(OSError):  # some file systems refuse it
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def save_json(content: Any, path: Path) -> None:

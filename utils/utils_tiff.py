@@ -130,9 +130,17 @@ def _orientation(page: TiffPage) -> int:
     return int(value) if value in range(1, 9) else 1
 
 
+def _photometric(page: TiffPage) -> int:
+    """Which colours the samples are. GDAL calls three bands gray with two more, unless it is told that they are RGB."""
+    if page.photometric == _MIN_IS_BLACK and page.samplesperpixel == 3:
+        named = {int(kind) for kind in page.extrasamples} & {_ASSOCIATED, _UNASSOCIATED}
+        return _MIN_IS_BLACK if named else _RGB
+    return int(page.photometric)
+
+
 def _alpha(page: TiffPage) -> tuple[int, int] | None:
     """The place of alpha among a pixel's samples, and of which kind it is; None without alpha."""
-    colours = _COLOURS.get(page.photometric, 3)
+    colours = _COLOURS.get(_photometric(page), 3)
     extras = page.samplesperpixel - colours
     kinds = [int(kind) for kind in page.extrasamples]
     if not kinds and extras == 1:
@@ -280,15 +288,19 @@ def _with_libraries(page: TiffPage, data: NDArray[np.uint8]) -> TiffImage | None
 
 
 def _image(page: TiffPage, samples: Array, path: str) -> TiffImage:
-    photometric, bits = page.photometric, page.bitspersample
+    photometric, white = _photometric(page), 2**page.bitspersample - 1
     count = _COLOURS[photometric]
+    if photometric == _MIN_IS_BLACK and samples.shape[2] > 3 and _alpha(page) is None:
+        raise UserError(
+            f"{path} has {samples.shape[2]} bands, of which none is said to be a colour: save it as RGB or gray"
+        )
     if samples.shape[2] < count:
         raise ValueError(f"{samples.shape[2]} samples a pixel")
     alpha, place = None, _alpha(page)
     if place is not None:
-        alpha = _full_range(samples[..., place[0]], bits)
+        alpha = full_range(samples[..., place[0]], white)
     colours = samples[..., :count]
-    colours = _looked_up(colours[..., 0], page.colormap) if photometric == _PALETTE else _full_range(colours, bits)
+    colours = _looked_up(colours[..., 0], page.colormap) if photometric == _PALETTE else full_range(colours, white)
     peak = np.iinfo(colours.dtype).max
     if photometric == _MIN_IS_WHITE:
         colours = peak - colours
@@ -306,13 +318,13 @@ def _image(page: TiffPage, samples: Array, path: str) -> TiffImage:
     return TiffImage(upright(colours, orientation), None if alpha is None else upright(alpha, orientation))
 
 
-def _full_range(samples: Array, bits: int) -> Array:
-    """0 to 2 ** bits - 1 to the whole range of uint8 or uint16."""
-    if bits in (8, 16):
+def full_range(samples: Array, white: int) -> Array:
+    """0 to ``white`` to the whole range of uint8 or uint16; what lies above is white."""
+    peak = np.iinfo(samples.dtype).max
+    if white == peak:
         return samples
-    peak, top = (255 if bits < 8 else 65535), 2**bits - 1
-    levels = (np.arange(2**bits, dtype=np.uint64) * peak + top // 2) // top
-    return levels.astype(samples.dtype)[samples]
+    levels = (np.arange(white + 1, dtype=np.uint64) * peak + white // 2) // white
+    return levels.astype(samples.dtype)[np.minimum(samples, white)]
 
 
 def _looked_up(indices: Array, colormap: Array | None) -> Array:

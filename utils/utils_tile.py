@@ -181,7 +181,8 @@ def blend_tiles(
         return function(*images)
     total: Tensor | None = None
     for y, x in product(rows, columns):
-        piece = function(*(_cut(image, y, x, image.shape[-1] / width) for image in images))
+        # In float32: the weight of a corner, 1e-11, is 0 in half precision, and their quotient NaN.
+        piece = function(*(_cut(image, y, x, image.shape[-1] / width) for image in images)).float()
         weight = _gaussian(piece.shape[-2]).outer(_gaussian(piece.shape[-1])).to(piece)
         if total is None:
             factor = piece.shape[-1] / (x.stop - x.start)

@@ -37,7 +37,7 @@ from utils.utils_option import DatasetOptions, Options
 from utils.utils_tiff import TiffFacts
 
 _WIDTH = 80
-_SHOWN = 10  # names of one kind
+_SHOWN = 10  # names of one kind; of what is wrong all
 
 
 class Folders(NamedTuple):
@@ -133,10 +133,11 @@ def _print(title: str, lines: Iterator["_Line"]) -> int:
     for label, text, names, is_trouble in lines:
         trouble += is_trouble
         print(f"{'!' if is_trouble else ' '} {label:<18}{printable(text)}".rstrip())
-        for name in names[:_SHOWN]:
+        shown = len(names) if is_trouble else _SHOWN
+        for name in names[:shown]:
             print(f"      {printable(name)}")
-        if len(names) > _SHOWN:
-            print(f"      ... and {len(names) - _SHOWN} more")
+        if len(names) > shown:
+            print(f"      ... and {len(names) - shown} more")
     return trouble
 
 
@@ -186,8 +187,6 @@ def _notes(data: Array, path: str) -> Iterator[str]:
     yield from dropped(data, path)
     if header.is_cmyk if isinstance(header, TiffFacts) else header.mode == "CMYK":
         yield "CMYK, made RGB"
-    if header.has_pages if isinstance(header, TiffFacts) else getattr(header, "n_frames", 1) > 1:
-        yield "animated or of several pages, the first is used"
 
 
 # -------------------------------------------------------------------------------------------------------- describing
