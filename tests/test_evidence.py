@@ -414,6 +414,16 @@ def test_the_report_says_what_the_numbers_say(tmp_path, monkeypatch):
         assert (tmp_path / "docs" / f"evidence_{name}.png").stat().st_size > 5000
 
 
+@pytest.mark.parametrize("cost", [0.2, 0.3])
+def test_the_report_says_where_every_weight_cost_more_than_was_allowed(tmp_path, monkeypatch, cost):
+    made_up_results(tmp_path / "results" / "bicubic", "gan", gain=0.5)
+    file = tmp_path / "results" / "bicubic" / "facts.json"
+    facts = json.loads(file.read_text())
+    facts["choice"]["tried"][1]["psnr"] -= cost
+    file.write_text(json.dumps(facts))
+    assert ("All cost more than 0.25 dB" in write_report(tmp_path, monkeypatch)) == (cost > 0.25)
+
+
 def test_of_few_images_the_report_gives_no_verdict(tmp_path, monkeypatch):
     made_up_results(tmp_path / "results" / "bicubic", "gan", gain=0.5, images=9)
     text = write_report(tmp_path, monkeypatch)
