@@ -223,7 +223,16 @@ def test_every_block_of_the_document_is_run_by_a_test_here():
         for section in SECTION.finditer(text)
         for block in BLOCK.finditer(section["text"])
     ]
-    titles = ["A plain loop", "BasicSR", "neosr", "traiNNer-redux", "Lightning", "diffusers", "torch.hub"]
+    titles = [
+        "A plain loop",
+        "BasicSR",
+        "BasicSR's GANs",
+        "neosr",
+        "traiNNer-redux",
+        "Lightning",
+        "diffusers",
+        "torch.hub",
+    ]
     assert [title for title, language in found if language == "python"] == titles
     assert [block for block in found if block[1] != "python"] == [("neosr", "toml"), ("traiNNer-redux", "yaml")]
     assert text.count("```") == 2 * len(found)
@@ -262,6 +271,21 @@ class SRModel:
         self.averaged.append(decay)
 
 
+class ESRGANModel(SRModel):
+    """Of BasicSR's class of this name the generator's step, without its other losses."""
+
+    def optimize_parameters(self, current_iter: int) -> None:
+        self.optimizer_g.zero_grad()
+        self.output = self.net_g(self.lq)
+        l_g_total = 0
+        if self.cri_pix:
+            l_g_pix = self.cri_pix(self.output, self.gt)
+            l_g_total += l_g_pix
+        l_g_total.backward()
+        self.optimizer_g.step()
+        self.log_dict = self.reduce_loss_dict(OrderedDict(l_g_pix=l_g_pix))
+
+
 @pytest.fixture
 def basicsr(monkeypatch) -> dict[str, type]:
     """Stand-ins for BasicSR's modules; -> the models that were registered."""
@@ -271,6 +295,7 @@ def basicsr(monkeypatch) -> dict[str, type]:
         "basicsr": {},
         "basicsr.models": {},
         "basicsr.models.sr_model": {"SRModel": SRModel},
+        "basicsr.models.esrgan_model": {"ESRGANModel": ESRGANModel},
         "basicsr.utils": {},
         "basicsr.utils.registry": {"MODEL_REGISTRY": registry},
     }
@@ -292,6 +317,19 @@ def test_the_basicsr_model_of_the_document_trains_and_logs_the_named_terms(monke
     assert model.log_dict["l_ssl_l1"] == pytest.approx(l1.item(), rel=1e-6) != 0
     assert model.log_dict["l_ssl_kl"] == pytest.approx(kl.item(), rel=1e-6) != 0
     assert model.averaged == [0.999]
+
+
+def test_the_basicsr_gan_of_the_document_adds_the_loss_to_the_generators_pixel_loss(monkeypatch, basicsr):
+    run_block("BasicSR's GANs", monkeypatch)
+    model = basicsr["ESRGANSSLModel"]({"train": {"ssl_opt": SETTINGS, "ema_decay": 0.999}})
+    gt = torch.nn.functional.interpolate(torch.rand(2, 3, 4, 4), scale_factor=4)
+    model.feed_data({"lq": torch.nn.functional.avg_pool2d(gt, 2), "gt": gt})
+    model.optimize_parameters(1)
+    ssl = SelfSimilarityLoss(**SETTINGS)(model.output, gt)
+    both = torch.nn.functional.l1_loss(model.output, gt) + ssl
+    assert model.log_dict["l_g_pix"] == pytest.approx(both.item(), rel=1e-5)  # float32
+    assert ssl > 0
+    assert model.net_g[0].weight.grad.abs().sum() > 0
 
 
 class Registry(dict[str, type]):
