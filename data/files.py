@@ -115,23 +115,21 @@ def _partners(
     if not candidates:
         return partners
     found = find_partners(paths, candidates, scale)
-    claims = defaultdict(list)
+    claims = defaultdict(list)  # partner -> how close those are whose only one it is, the closest last, and which
     for path, of_its_name in zip(paths, found, strict=True):
-        if len(of_its_name) == 1:
-            claims[of_its_name[0]].append(path)
+        if len(of_its_name) == 1 and not shared:
+            claims[of_its_name[0]].append((_closeness(path, of_its_name[0]), path))
+    closest = {partner: sorted(of_partner)[-2:] for partner, of_partner in claims.items()}
     for i, (path, of_its_name) in enumerate(zip(paths, found, strict=True)):
         if len(of_its_name) != 1:
             several = f"several ({of_its_name[0]}, {of_its_name[1]})" if of_its_name else "no"
             problems.append(f"{path}: {several} {what} of its name")
             continue
         partner = of_its_name[0]
-        rivals = [
-            other
-            for other in claims[partner]
-            if other != path and _closeness(other, partner) >= _closeness(path, partner)
-        ]
-        if rivals and not shared:
-            problems.append(f"{path}: no {what} of its name but {partner}, which goes with {rivals[0]}")
+        best = closest.get(partner, [])
+        rivals = [other for close, other in best if other != path and close == best[-1][0]]
+        if rivals:
+            problems.append(f"{path}: no {what} of its name but {partner}, which fits {rivals[0]} as well or better")
         else:
             partners[i] = partner
     return partners

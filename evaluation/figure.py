@@ -34,7 +34,6 @@ _STYLE = {
     "xtick.color": _SOFT,
     "ytick.color": _SOFT,
     "axes.grid": False,
-    "text.parse_math": False,  # names of files may hold $
 }
 
 
@@ -57,6 +56,11 @@ def _save(figure: Any, path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ graphs
+
+
+def _titled(name: str) -> str:
+    """The name of a file as it can stand in a title, where ``$`` would begin a formula."""
+    return printable(name).replace("$", r"\$")
 
 
 def graph_at(image: Picture, x: int, y: int) -> NDArray[np.float32]:
@@ -184,7 +188,7 @@ def figure_of_images(paths: Sequence[Path], pixel: tuple[int, int] | None, outpu
     png = Path(output or f"{paths[0].stem}_ssg_{x}_{y}.png")
     png = output_path(png.parent, png.name, inputs=paths)
     names = (
-        [printable(path.stem) for path in paths]
+        [_titled(path.stem) for path in paths]
         if len({path.stem for path in paths}) == len(paths)
         else ["first", "other"]
     )
@@ -287,7 +291,7 @@ def _grids(run: Path, wanted: int) -> list[tuple[str, Picture]]:
     name, paths = next(iter(by_set.items()))
     chosen = sorted({round(i) for i in np.linspace(0, len(paths) - 1, min(wanted, len(paths)))})
     return [
-        (f"{printable(name)}, step {int(paths[i].stem.rpartition('_')[2]):,}: L, E, H", imread_uint(str(paths[i])))
+        (f"{_titled(name)}, step {int(paths[i].stem.rpartition('_')[2]):,}: L, E, H", imread_uint(str(paths[i])))
         for i in chosen
     ]
 
@@ -323,7 +327,7 @@ def training_figure(run: Path, path: Path) -> None:
                 ax.imshow(picture, cmap="gray", vmin=0, vmax=255)
                 ax.set(xticks=[], yticks=[], title=title)
         last = max(int(steps[-1]) for steps, _ in scalars.values())
-        title = f"{printable(run.resolve().name)}, {last:,} steps"
+        title = f"{_titled(run.resolve().name)}, {last:,} steps"
         parts[0].suptitle(title, x=0.008, ha="left", fontsize=13, fontweight="bold")
         _save(figure, path)
 

@@ -189,9 +189,12 @@ def test_a_partner_in_another_folder_goes_with_one_image_alone(tmp_path):
     opt = options(dataroot_H=str(tmp_path / "H"), dataroot_L=str(tmp_path / "L"))
     wrong = find_problems(opt).wrong
     assert len(wrong) == 1
-    assert re.search(
-        r"H/b/1\.png: no image in dataroot_L of its name but .*L/a/1\.png, which goes with .*H/a/1", wrong[0]
-    )
+    assert re.search(r"H.b.1\.png: no image in dataroot_L of its name but .*L.a.1\.png, which fits .*H.a.1", wrong[0])
+    for name in ("H/1", "H2/1", "L2/1"):  # and a partner that fits both alike with none
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        imsave(photograph(8 if name[0] == "L" else 32, 8 if name[0] == "L" else 32), f"{tmp_path / name}.png")
+    opt = options(dataroot_H=[str(tmp_path / "H" / "1.png"), str(tmp_path / "H2")], dataroot_L=str(tmp_path / "L2"))
+    assert len(find_problems(opt).wrong) == 2
 
 
 def test_use_rot_off_only_mirrors(folders):

@@ -99,6 +99,17 @@ def test_alpha_is_read_beside_colours_that_stay_and_saved_again(tmp_path, bits, 
         util.imsave(img, path, extras=extras)
 
 
+@pytest.mark.parametrize(
+    "exif", [b"garbage", b"MM\0*\0\0", b"II*\0\x08\0\0\0\x01\0\x12\x01\x05\0\x01\0\0\0\x1a\0\0\0" + bytes(12)]
+)
+def test_exif_that_makes_no_sense_does_not_cost_the_image(tmp_path, exif):
+    samples = np.random.default_rng(0).integers(0, 256, (9, 13, 3))
+    path = tmp_path / "a.png"
+    path.write_bytes(raw_png(samples, 8, 2, (b"eXIf", exif)))
+    np.testing.assert_array_equal(util.imread_uint(str(path)), samples)
+    assert util.image_size(str(path)) == (9, 13)
+
+
 @pytest.mark.parametrize(("bits", "colour"), [(1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (8, 2), (16, 2)])
 def test_the_one_colour_that_stands_for_transparent_is_alpha_0(tmp_path, bits, colour):
     samples = np.random.default_rng(0).integers(0, 2**bits, (9, 13, 3 if colour else 1))

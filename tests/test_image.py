@@ -96,18 +96,28 @@ def test_pnm_is_read_in_its_own_range(tmp_path, white, channels):
     np.testing.assert_allclose(read / peak, image / white, rtol=0, atol=0.5 / peak + 1e-9)  # rounding
 
 
-def test_jpeg_2000_of_12_bits_is_read_in_its_own_range(tmp_path):
+@pytest.mark.parametrize(
+    ("white", "values", "expected"), [(100, "0 25 50 100", [0, 63, 127, 255]), (4, "0 1 2 4", [0, 63, 127, 255])]
+)
+def test_pnm_that_is_written_out_is_read_in_its_own_range(tmp_path, white, values, expected):
+    (tmp_path / "a.pgm").write_text(f"P2 4 1 {white}\n{values}\n")
+    read = util.imread_uint(str(tmp_path / "a.pgm"), 1)[0, :, 0]
+    np.testing.assert_allclose(read, expected, atol=1)  # OpenCV and Pillow round in different ways
+
+
+def test_jpeg_2000_of_12_bits_is_read_in_its_own_range(tmp_path, monkeypatch):
     """Levels 0, 1365, 2730 and 4095 in 12 bits, without loss."""
     content = (
         "/0//UQApAAAAAAAEAAAABAAAAAAAAAAAAAAABAAAAAQAAAAAAAAAAAABCwEB/1IADAAAAAEAAAQEAAH/XAAEQGD/kAAKAAAAAAArAAH/k9/g"
         "aBFqSmCoBbBrpDM8o5WInCzHWAnCzHWAnFYb/9k="
     )
     (tmp_path / "a.j2k").write_bytes(base64.b64decode(content))
-    levels = util.imread_uint(str(tmp_path / "a.j2k"), 1)[..., 0]
-    if levels.dtype == np.uint16:
-        assert levels.tolist() == [[0, 21845, 43690, 65535]] * 4
-    else:  # where OpenCV was built without JPEG 2000 Pillow reads it, with 8 bits
-        assert levels.tolist() == [[0, 85, 170, 255]] * 4
+    for missing in (False, True):  # where OpenCV was built without JPEG 2000 Pillow reads it, with 4 empty bits
+        if missing:
+            monkeypatch.setattr("cv2.imdecode", lambda *_: None)
+        levels = util.imread_uint(str(tmp_path / "a.j2k"), 1)[..., 0]
+        assert levels.dtype == np.uint16
+        np.testing.assert_allclose(levels, [[0, 21845, 43690, 65535]] * 4, rtol=0, atol=15 * missing)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".jpg", ".webp"])

@@ -164,6 +164,7 @@ def test_a_tilde_is_the_home_folder_as_in_kair(base: Path, monkeypatch: pytest.M
     monkeypatch.setenv("HOME", "/home/a")
     monkeypatch.setenv("USERPROFILE", "/home/a")
     opt = parse(base, overrides=["path.root=~/runs", 'datasets.train.dataroot_H=["~/b", "c~/d"]'])
+    assert parse(base, overrides=["task=~"]).task == "~"
     assert (opt.path.root, opt.datasets["train"].dataroot_H) == ("/home/a/runs", ["/home/a/b", "c~/d"])
 
 

@@ -233,6 +233,16 @@ def test_half_a_set_does_not_push_out_a_whole_one(work: Workplace) -> None:
     assert {4, 6} <= set(kept(work))
 
 
+def test_a_set_whose_card_was_moved_away_counts_as_whole(work: Workplace) -> None:
+    each = ("train.checkpoint_save=2", "train.checkpoint_keep=2", "datasets.test=null")
+    work.run(*each, "train.iterations=4")
+    for card in (work.folder() / "models").glob("*.safetensors"):
+        card.unlink()
+    work.run(*each, "train.iterations=6")
+    assert set(kept(work)) == {4, 6}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which file a descriptor is of")
 def test_a_manifest_is_on_the_disk_before_older_sets_go(work: Workplace, monkeypatch) -> None:
     done: list[str] = []
     fsync, unlink = os.fsync, Path.unlink

@@ -146,7 +146,8 @@ class Checkpoints:
             listed = read_state(self.folder, step, self.run).get("files") or {}
         except DamagedError:
             return False
-        return all((self.folder / name).is_file() for name in listed)
+        # A card, .safetensors, may be elsewhere: nothing goes on from it.
+        return all((self.folder / name).is_file() for name in listed if name.endswith(".pth"))
 
     def _newest_state(self, upto: int) -> State:
         """What goes on into the next states: of old sets, a state before may know what the newest lacks."""
@@ -210,7 +211,7 @@ class Checkpoints:
     def _kept(self, step: int) -> set[int]:
         """The steps to keep. What an interruption left, a later step or half a set, must not push out a whole one."""
         steps = [n for n in saved_steps(self.folder) if n <= step]
-        kept = {*[n for n in steps if self._is_whole(n)][: self.keep]}
+        kept = {step, *[n for n in steps if self._is_whole(n)][: self.keep]}
         if self.every:
             kept |= {n for n in steps if n % self.every == 0}
         if self.best:

@@ -151,6 +151,7 @@ def _prepare(opt: Options, device: torch.device, lock: FolderLock | None) -> _Ru
     if 0 < lowest < step:  # another process could not read its part of that one
         step = checkpoints.resume(model, degrade, upto=lowest)
     if goes_on and not utils_dist.highest(step, device):  # a first save was cut off
+        del model
         model = _model(opt, gone, seed, device)
     for key, problem in gone.items():
         if not step:
@@ -196,7 +197,9 @@ def _model(opt: Options, without: Iterable[str], seed: int, device: torch.device
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    return define_Model(opt.model_copy(update={"path": opt.path.model_copy(update=dict.fromkeys(without))}), device)
+    model = define_Model(opt.model_copy(update={"path": opt.path.model_copy(update=dict.fromkeys(without))}), device)
+    model.opt = opt  # what is saved of a run that goes on tells of the same options
+    return model
 
 
 def _rehearse(opt: Options, device: torch.device) -> None:

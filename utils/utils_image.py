@@ -273,7 +273,7 @@ def dropped(data: NDArray[np.uint8], path: str) -> list[str]:
     if header is None:
         return []
     phrases = ["with transparency, which is dropped"] if has_alpha(header) else []
-    if header.has_pages if isinstance(header, TiffFacts) else getattr(header, "n_frames", 1) > 1:
+    if _has_several(header):
         phrases.append(FIRST_OF_SEVERAL)
     if isinstance(header, Image.Image) and header.format == "AVIF" and _is_deep_avif(data):
         phrases.append("with 10 or 12 bits a channel, of which 8 are read")
@@ -283,6 +283,16 @@ def dropped(data: NDArray[np.uint8], path: str) -> list[str]:
     elif cicp is None and icc and icc[16:20] != b"CMYK" and (name := foreign_profile(icc)):
         phrases.append(f"with colours that are not sRGB's (profile {name}), but taken for them")
     return phrases
+
+
+def _has_several(header: Image.Image | TiffFacts) -> bool:
+    """Whether a file holds more pages or frames than the first; a phone's second picture behind a JPEG is neither."""
+    if isinstance(header, TiffFacts):
+        return header.has_pages
+    try:
+        return header.format != "MPO" and getattr(header, "n_frames", 1) > 1
+    except (OSError, ValueError, SyntaxError, IndexError, EOFError, struct.error):  # cut short behind the first
+        return True
 
 
 def _is_deep_avif(data: NDArray[np.uint8]) -> bool:
@@ -355,11 +365,12 @@ def _white(data: NDArray[np.uint8]) -> int:
     start = data[:65536].tobytes()
     # Magic number, width, height, largest value; a comment may stand before each.
     if found := re.match(rb"P[2356](?:(?:\s|#[^\n]*\n)+(\d+)){3}\s", start):
-        return int(found[1])
+        white = int(found[1])
+        return 0 if white < 256 and start[1:2] in b"23" else white  # written out OpenCV does it, up to 255
     if start.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ")):
-        size = start.find(b"\xff\x51")  # the SIZ marker; its 41st byte is the first component's depth, less one
-        if 0 <= size < len(start) - 40:
-            return int((1 << (start[size + 40] & 0x7F) + 1) - 1)
+        codestream = start.find(b"\xff\x4f\xff\x51")  # SOC and SIZ; SIZ's 41st byte: the depth of samples, less one
+        if 0 <= codestream < len(start) - 42:
+            return int((1 << (start[codestream + 42] & 0x7F) + 1) - 1)
     return 0
 
 
@@ -441,11 +452,16 @@ def exif_orientation(header: Image.Image | TiffFacts) -> int:
     if isinstance(header, TiffFacts):
         return header.orientation
     exif = Image.Exif()
-    exif.load(header.info.get("exif", b""))  # asked of a PNG, getexif would decode it all
-    return int(exif.get(0x0112, 1))
+    try:
+        exif.load(header.info.get("exif", b""))  # asked of a PNG, getexif would decode it all
+        return int(exif.get(0x0112, 1))
+    except (SyntaxError, ValueError, TypeError, KeyError, OverflowError, ZeroDivisionError, struct.error):
+        return 1  # the pixels are there, whatever a camera or program has written beside them
 
 
 def _with_pillow(image: Image.Image) -> Array:
+    if image.mode.startswith("I"):  # gray of 16 bits
+        return np.asarray(ImageOps.exif_transpose(image)).astype(np.uint16)
     return np.asarray(ImageOps.exif_transpose(image).convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
 
 

@@ -31,13 +31,18 @@ def _not_tiny(value: float) -> float:
 
 
 def plain_path(value: str | list[str]) -> str | list[str]:
-    """With ``~`` as the home folder, as in KAIR. ``"D:\\train"`` with one backslash is valid JSON: it holds a tab."""
+    """``"D:\\train"`` with one backslash is valid JSON: it holds a tab."""
     for path in [value] if isinstance(value, str) else value:
         longest = max(len(name.encode("utf-8", "surrogatepass")) for name in re.split(r"[/\\]", path))
         if len(path) > 4000 or longest > 255:
             raise ValueError(f"of {len(path)} characters is too long, or a name in it; names have 255 bytes at most")
         if re.search(r"[\x00-\x1f\x7f]", path):
             raise ValueError(f"{json.dumps(path)} holds a control character, which {_BACKSLASH}")
+    return value
+
+
+def at_home(value: str | list[str]) -> str | list[str]:
+    """``~`` in front is the home folder, as in KAIR."""
     return os.path.expanduser(value) if isinstance(value, str) else [os.path.expanduser(path) for path in value]
 
 
@@ -54,8 +59,8 @@ Window = Annotated[int, BeforeValidator(integral), Field(ge=1, le=64)]
 Seed = Annotated[int, BeforeValidator(integral), Field(ge=0, lt=2**32)]
 Weight = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False), AfterValidator(_not_tiny)]
-PathText = Annotated[str, AfterValidator(plain_path)]
-Paths = Annotated[str | list[str], AfterValidator(plain_path)]
+PathText = Annotated[str, AfterValidator(plain_path), AfterValidator(at_home)]
+Paths = Annotated[str | list[str], AfterValidator(plain_path), AfterValidator(at_home)]
 ActMode = Literal["R", "L", "BR", "BL", "IR", "IL"]
 InitType = Literal[
     "default",

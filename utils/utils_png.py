@@ -30,17 +30,14 @@ def png_chunks(data: NDArray[np.uint8]) -> Iterator[tuple[bytes, bytes]]:
 
 
 def late_exif(file: IO[bytes]) -> bytes:
-    """The content of an eXIf chunk wherever it stands in a PNG file, behind the pixels too; b"" where there is none."""
-    file.seek(len(_SIGNATURE))
-    for _ in range(1 << 20):  # there are files that consist of empty chunks
-        head = file.read(8)
-        if len(head) < 8:
-            break
-        length, name = struct.unpack(">I4s", head)
-        if name == b"eXIf":
-            return file.read(length)
-        file.seek(length + 4, os.SEEK_CUR)
-    return b""
+    """The content of an eXIf chunk near the end of a PNG file, behind the pixels; b"" where there is none."""
+    file.seek(max(0, file.seek(0, os.SEEK_END) - (1 << 16)))
+    tail = file.read()
+    at = tail.rfind(b"eXIf")
+    if at < 4:
+        return b""
+    end = at + 4 + int.from_bytes(tail[at - 4 : at], "big")
+    return tail[at + 4 : end] if tail[end : end + 4] == zlib.crc32(tail[at:end]).to_bytes(4, "big") else b""
 
 
 def png_kind(data: NDArray[np.uint8]) -> tuple[int, int]:

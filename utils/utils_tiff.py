@@ -132,15 +132,17 @@ def _orientation(page: TiffPage) -> int:
 
 def _photometric(page: TiffPage) -> int:
     """Which colours the samples are. GDAL calls three bands gray with two more, unless it is told that they are RGB."""
-    if page.photometric == _MIN_IS_BLACK and page.samplesperpixel == 3:
-        named = {int(kind) for kind in page.extrasamples} & {_ASSOCIATED, _UNASSOCIATED}
-        return _MIN_IS_BLACK if named else _RGB
-    return int(page.photometric)
+    return _RGB if page.photometric == _MIN_IS_BLACK and _bands(page) == 3 else int(page.photometric)
+
+
+def _bands(page: TiffPage) -> int:
+    """Samples of a pixel that are not said to be alpha."""
+    return int(page.samplesperpixel) - sum(int(kind) in (_ASSOCIATED, _UNASSOCIATED) for kind in page.extrasamples)
 
 
 def _alpha(page: TiffPage) -> tuple[int, int] | None:
     """The place of alpha among a pixel's samples, and of which kind it is; None without alpha."""
-    colours = _COLOURS.get(_photometric(page), 3)
+    colours = _COLOURS.get(page.photometric, 3)
     extras = page.samplesperpixel - colours
     kinds = [int(kind) for kind in page.extrasamples]
     if not kinds and extras == 1:
@@ -290,9 +292,9 @@ def _with_libraries(page: TiffPage, data: NDArray[np.uint8]) -> TiffImage | None
 def _image(page: TiffPage, samples: Array, path: str) -> TiffImage:
     photometric, white = _photometric(page), 2**page.bitspersample - 1
     count = _COLOURS[photometric]
-    if photometric == _MIN_IS_BLACK and samples.shape[2] > 3 and _alpha(page) is None:
+    if photometric == _MIN_IS_BLACK and _bands(page) > 3:
         raise UserError(
-            f"{path} has {samples.shape[2]} bands, of which none is said to be a colour: save it as RGB or gray"
+            f"{path} has {_bands(page)} bands, of which none is said to be a colour: save it as RGB or gray"
         )
     if samples.shape[2] < count:
         raise ValueError(f"{samples.shape[2]} samples a pixel")
