@@ -123,13 +123,26 @@ class SetResults:
     names: list[str]  # of the metrics, in the tables' order
     means: dict[str, dict[str, float]]
     infinite: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # label -> metric name -> images
+    broken: dict[str, list[str]] = field(default_factory=dict)  # label -> images that are not finite themselves
+    values: dict[str, list[dict[str, float]]] = field(default_factory=dict)  # label -> for each image the metrics of it
 
     def deltas(self) -> dict[str, dict[str, float]]:
-        """Label with SSL -> metric name -> what SSL added to its baseline; NaN where either is not finite."""
+        """Label with SSL -> metric name -> what SSL added to its baseline, NaN where that is not finite.
+
+        Of metrics of single images it is over those for which both have a finite value.
+        """
         return {
-            ours: {name: _difference(self.means[ours][name], self.means[base][name]) for name in self.names}
+            ours: {name: self._delta(ours, base, name) for name in self.names}
             for ours, base in baselines(list(self.means)).items()
         }
+
+    def _delta(self, ours: str, base: str, name: str) -> float:
+        both = list(zip(self.values.get(ours, ()), self.values.get(base, ()), strict=True))
+        pairs = [(a[name], b[name]) for a, b in both if name in a and name in b]
+        if not pairs:
+            return _difference(self.means[ours][name], self.means[base][name])
+        finite = [(a, b) for a, b in pairs if math.isfinite(a) and math.isfinite(b)]
+        return sum(a for a, _ in finite) / len(finite) - sum(b for _, b in finite) / len(finite) if finite else math.nan
 
     def notes(self) -> list[str]:
         """What the means leave out, a sentence a model."""
@@ -142,6 +155,12 @@ class SetResults:
                 left_out = "all of the set" if count == self.images else "left out of the mean"
                 what = f"{counted(count, 'image')} equal to the ground truth (infinite {', '.join(of_count)})"
                 sentences.append(f"{self.name}, {label}: {what}, {left_out}.")
+        for label, images in self.broken.items():
+            what = f"{counted(len(images), 'image')} not finite (NaN): {', '.join(images[:3])}"
+            more = ", ..." if len(images) > 3 else ""
+            sentences.append(f"{self.name}, {label}: {what}{more}, left out of the means.")
+        if self.values and (self.infinite or self.broken) and baselines(list(self.means)):
+            sentences.append(f"{self.name}: what SSL added is over the images that both models have.")
         return sentences
 
     def best(self, name: str) -> str:
@@ -152,7 +171,8 @@ class SetResults:
 
     def as_json(self) -> dict[str, Any]:
         """For results.json."""
-        return {"images": self.images, "means": self.means, "deltas": self.deltas(), "infinite": self.infinite}
+        left_out = {"infinite": self.infinite, "broken": self.broken}
+        return {"images": self.images, "means": self.means, "deltas": self.deltas(), **left_out}
 
     def as_text(self) -> str:
         """For the terminal, at most 80 columns wide; below a model with SSL what it added."""
@@ -328,6 +348,7 @@ class Entry:
     values: dict[str, dict[str, float]]  # label -> metric name -> value
     item: dict[str, Any] | None  # for the page
     row: SheetRow | None  # for the picture
+    broken: tuple[str, ...] = ()  # labels
 
 
 class Report:
@@ -349,6 +370,7 @@ class Report:
         self._in_sheet = _spread_over(counts, _PICTURE_ROWS)
         self._values: dict[str, list[dict[str, float]]] = {}
         self._infinite: dict[str, dict[str, list[str]]] = {}
+        self._broken: dict[str, list[str]] = {}
 
     def shows(self, set_name: str, index: int, with_truth: bool) -> bool:
         """Whether anything comes of the estimates of an image: numbers, or a place among the pictures."""
@@ -377,7 +399,8 @@ class Report:
         in_page = self._gallery is not None and index in self._in_page[set_name]
         in_sheet = H is not None and index in self._in_sheet[set_name]
         item = gallery_item(set_name, name, pictures, measured) if in_page else None
-        return Entry(set_name, name, measured.values, item, sheet_row(pictures) if in_sheet else None)
+        row = sheet_row(pictures) if in_sheet else None
+        return Entry(set_name, name, measured.values, item, row, tuple(measured.values.keys() & broken))
 
     def add(self, entry: Entry) -> None:
         """Take up an image; they come in order, sets one after the other, each ended by :meth:`end_set`."""
@@ -391,6 +414,8 @@ class Report:
             self._sheet[f"{set_name}/{name}"] = entry.row, captions
         for label, values in of_image.items():
             self._values.setdefault(label, []).append(values)
+            if label in entry.broken:
+                self._broken.setdefault(label, []).append(name)
             for metric in [metric for metric, value in values.items() if math.isinf(value)]:
                 self._infinite.setdefault(label, {}).setdefault(metric, []).append(name)
 
@@ -399,8 +424,9 @@ class Report:
         names, over_set = self.measurer.names_for(with_truth), self.measurer.of_set()
         means = {k: {**mean_metrics(v, names), **over_set.get(k, {})} for k, v in self._values.items()}
         if names:
-            self._sets.append(SetResults(name, self.counts[name], names, means, self._infinite))
-        self._values, self._infinite = {}, {}
+            left_out = self._infinite, self._broken
+            self._sets.append(SetResults(name, self.counts[name], names, means, *left_out, self._values))
+        self._values, self._infinite, self._broken = {}, {}, {}
 
     def write(self, output: Path, facts: Mapping[str, str], content: Mapping[str, Any], n_channels: int) -> None:
         """Print the tables and write results.{csv,json,md}, report.html and side_by_side.png, as far as there is any.

@@ -109,7 +109,10 @@ class _Job:
         photograph = uint2tensor4(data.astronaut()[60:, 160:])
         if self.model.n_channels == 1:
             photograph = photograph.mean(dim=1, keepdim=True)
-        return [photograph[..., :h, :w] for h, w in ([self.size] if self.size else _SIZES)]
+        sizes = [self.size] if self.size else _SIZES
+        times = [max(-(-size[i] // photograph.shape[i - 2]) for size in sizes) for i in (0, 1)]
+        photograph = photograph.repeat(1, 1, *times)
+        return [photograph[..., :h, :w] for h, w in sizes]
 
 
 def export(args: Namespace) -> list[Path]:

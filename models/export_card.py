@@ -97,13 +97,22 @@ def _license(facts: Facts) -> str | None:
     return None if license in (None, "unknown") else license
 
 
+# Weights of losses that options hold for every kind of model, and those that have the loss.
+_OF_SOME = {"dm_weight": ("dm",), "D_lossfn_weight": ("gan", "spsr"), "gradient_D_lossfn_weight": ("spsr",)}
+
+
 def _training(facts: Facts) -> list[str]:
     training, run = facts.training, facts.run
     lines = []
     if "task" in training:
         lines.append(f"- Task {training['task']}, step {training.get('step', '?')}")
     if run:
-        weights = {name: value for name, value in run.get("train", {}).items() if name.endswith("_weight") and value}
+        train = run.get("train", {})
+        weights = {name: value for name, value in train.items() if name.endswith("_weight") and value}
+        for name, models in _OF_SOME.items():
+            if run.get("model") not in models:
+                weights.pop(name, None)
+        weights |= {name: value for name, value in (train.get("iqa_weights") or {}).items() if value}
         lines.append(f"- Model {run.get('model')}; weights of losses: {_listed(weights)}")
         lines.append(f"- Data: {_listed(_data(run))}")
     for name, words in (("options_sha256", "SHA-256 of the options"), ("git_commit", "Commit of the program")):
@@ -147,7 +156,7 @@ def open_model_db(facts: Facts, made: Sequence[Made]) -> dict[str, Any]:
         "trainingIterations": int(facts.training["step"]) if "step" in facts.training else None,
         "trainingBatchSize": train.get("dataloader_batch_size"),
         "trainingHRSize": train.get("H_size"),
-        "trainingOTF": train.get("dataset_type") == "blindsr" if train else None,
+        "trainingOTF": str(train.get("dataset_type")).startswith("blindsr") if train else None,
         "dataset": _data(facts.run).get("images") or None,
     }
     return {

@@ -12,6 +12,8 @@ from utils.utils_spandrel import describe_weights
 
 Weights = Mapping[str, Tensor]
 
+_REMEDY = "name the run's folder, its .safetensors file, or the network by main_test.py --opt"
+
 
 def infer_netG(state_dict: Weights, scale: int | None = None) -> dict[str, Any]:
     """Options for ``define_G`` of the network whose weights these are.
@@ -37,8 +39,7 @@ def infer_netG(state_dict: Weights, scale: int | None = None) -> dict[str, Any]:
                 scales, n_channels, netG = options(state_dict)
             except (KeyError, IndexError, ValueError) as error:
                 raise UserError(
-                    f"weights look like {options.__name__.strip('_')} but are incomplete ({error}); give the network "
-                    "with --opt"
+                    f"weights look like {options.__name__.strip('_')} but are incomplete ({error}); {_REMEDY}"
                 ) from error
             break
     else:
@@ -47,7 +48,7 @@ def infer_netG(state_dict: Weights, scale: int | None = None) -> dict[str, Any]:
         except UserError as error:
             raise UserError(
                 f"no network of this program has weights called {', '.join(list(state_dict)[:3])}, ...; {error}; "
-                "give the network with --opt"
+                f"{_REMEDY}"
             ) from error
         scales, n_channels, netG = [found.scale], found.output_channels, {"net_type": "spandrel"}
     if n_channels not in (1, 3):
@@ -82,14 +83,17 @@ def _rrdbnet_basicsr(weights: Weights) -> _Found:
     features, channels = weights["conv_first.weight"].shape[:2]
     out_channels = len(weights["conv_last.weight"])
     # The input of scales 2 and 1 is folded by 2 and 4 before an x4 network.
-    scale = 4 // math.isqrt(channels // out_channels)
+    upsamplings = len(_numbers(weights, r"conv_up(\d+)\."))
+    is_published = channels != out_channels or upsamplings == 2
+    # Others have BasicSR's names alone: exported networks of other scales.
+    scales = [4 // math.isqrt(channels // out_channels)] if is_published else _nearest_scales(upsamplings)
     options = {
-        "net_type": "rrdbnet_basicsr",
+        "net_type": "rrdbnet_basicsr" if is_published else "rrdbnet",
         "nf": features,
         "nb": _blocks(weights, r"body\.(\d+)\.rdb1"),
         "gc": len(weights["body.0.rdb1.conv1.weight"]),
     }
-    return [scale], out_channels, options
+    return scales, out_channels, options
 
 
 def _rrdbnet(weights: Weights) -> _Found:
@@ -283,11 +287,15 @@ def _has(*names: str) -> Callable[[Weights], bool]:
     return lambda weights: all(name in weights for name in names)
 
 
+def _of_esrgan_plus(weights: Weights) -> bool:
+    return "model.1.sub.0.RDB1.conv1x1.weight" in weights
+
+
 _LAYOUTS: list[tuple[Callable[[Weights], bool], Callable[[Weights], _Found]]] = [
     (_has("body.0.rdb1.conv1.weight"), _rrdbnet_basicsr),
     (_has("RRDB_trunk.0.RDB1.conv1.weight"), _rrdbnet),
     (_has("model.1.sub.0.RDB1.conv1.0.weight", "f_concat.0.weight"), _spsr),
-    (_has("model.1.sub.0.RDB1.conv1.0.weight"), _rrdb),
+    (lambda weights: _has("model.1.sub.0.RDB1.conv1.0.weight")(weights) and not _of_esrgan_plus(weights), _rrdb),
     (_has("model.1.sub.0.res.0.weight"), _msrresnet0),
     (_has("body.0.conv1.weight", "conv_hr.weight"), _msrresnet1),
     (_has("recon_trunk.0.conv1.weight", "HRconv.weight", "LRconv.weight"), _ranksrgan_srresnet),

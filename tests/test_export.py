@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,8 @@ def test_what_spandrel_would_misread_is_said(
 
 def test_a_run_is_exported_with_what_is_known_of_it(tmp_path: Path) -> None:
     work = Workplace(tmp_path)
-    work.run("train.iterations=2", "train.checkpoint_test=2", "path.license=CC-BY-4.0", "netG.act_type=leakyrelu")
+    more = ("path.license=CC-BY-4.0", "netG.act_type=leakyrelu", "train.iqa_weights.stlpips=0.2")
+    work.run("train.iterations=2", "train.checkpoint_test=2", *more)
     main(["--model_path", str(work.folder()), "--format", "safetensors"])
     folder = work.folder() / "export"
     assert names(folder) == ["4x_run.json", "4x_run.md", "4x_run.safetensors"]
@@ -140,6 +142,7 @@ def test_a_run_is_exported_with_what_is_known_of_it(tmp_path: Path) -> None:
     psnr = json.loads(header["validation"])["test"]["psnr"]
     for words in ("Licence of the weights: CC-BY-4.0", "Task run, step 2", f"| test | {psnr:.4g} |", "H_size 32"):
         assert words in card
+    assert re.search(r"weights of losses: G_lossfn_weight 1.0, stlpips 0.2$", card, re.MULTILINE)  # and no diffusion's
     assert str(tmp_path) not in card
     entry = json.loads((folder / "4x_run.json").read_text(encoding="utf-8"))
     assert entry["resources"][0]["size"] == (folder / "4x_run.safetensors").stat().st_size
@@ -233,6 +236,10 @@ def test_a_file_for_one_size_takes_this_size_alone(tmp_path: Path, onnxruntime: 
     assert [x.shape for x in session.get_inputs()] == [[1, 3, 13, 18]]
     (E,) = session.run(None, {"input": image().numpy()})
     assert_same_image(torch.from_numpy(E), here(path, image()))
+
+
+def test_a_file_for_a_size_beyond_the_test_photograph_is_tried_at_it(tmp_path: Path, onnxruntime: Any) -> None:
+    assert (run(checkpoint(tmp_path), "--format", "onnx", "--size", "460", "8") / "4x_net.onnx").is_file()
 
 
 # ----------------------------------------------------------------------------------------------------- torchscript

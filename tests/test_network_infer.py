@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.export_ncnn import published_weights
 from models.network_infer import infer_netG
 from models.select_network import define_G
 from tests import golden_archs
-from utils.utils_checkpoint import load_network
+from utils.utils_checkpoint import load_network, load_state_dict
 from utils.utils_error import UserError
 
 RRDB = {"nf": 8, "nb": 2, "gc": 4}
@@ -96,6 +97,37 @@ def test_old_esrgan_becomes_rrdbnet_and_loads(tmp_path):
     assert found["netG"] == {"net_type": "rrdbnet", **RRDB}
     torch.save(old, tmp_path / "old.pth")
     assert load_network(tmp_path / "old.pth", define_G(found)).complete
+
+
+@pytest.mark.parametrize("scale", [1, 2, 3, 8])
+def test_an_exported_rrdbnet_of_any_scale_is_told_from_its_weights(scale, tmp_path):
+    """main_export.py writes BasicSR's names, with as many upsamplings as the scale has."""
+    network = define_G(
+        {"scale": scale, "n_channels": 3, "is_train": False, "netG": {"net_type": "rrdbnet", "nf": 8, "nb": 1, "gc": 4}}
+    )
+    path = tmp_path / "x.pth"
+    torch.save(published_weights(network), path)
+    weights = load_state_dict(path)
+    options = infer_netG(weights, 3 if scale == 3 else None if scale != 2 else 2)
+    assert options["scale"] == scale
+    again = define_G(options)
+    assert load_network(path, again).complete
+    for a, b in zip(network.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_esrgan_plus_is_left_to_spandrel(monkeypatch):
+    asked = []
+
+    def described(weights):
+        asked.append(len(weights))
+        raise UserError("spandrel is asked")
+
+    monkeypatch.setattr("models.network_infer.describe_weights", described)
+    rdb = "model.1.sub.0.RDB1"
+    weights = {f"{rdb}.conv1.0.weight": torch.zeros(1), f"{rdb}.conv1x1.weight": torch.zeros(1)}
+    with pytest.raises(UserError, match="spandrel is asked"):
+        infer_netG(weights)
 
 
 def test_a_scale_that_contradicts_the_weights_is_refused():

@@ -250,6 +250,7 @@ def test_a_set_without_ground_truth_has_pictures_but_no_overlays(page):
 def test_the_address_brings_back_the_detail(page, folder):
     for key, code in (("n", ""), ("+", ""), ("a", ""), ("d", ""), ("1", "Digit1"), ("ArrowLeft", "")):
         page.press(key, code)
+    page.eval("new Promise(done => setTimeout(done, 600))")  # the address follows once all is at rest
     state, address = page.eval("JSON.stringify(state)"), page.eval("location.href")
     page.open("about:blank#")
     page.open(address)
@@ -257,6 +258,16 @@ def test_the_address_brings_back_the_detail(page, folder):
     page.open("about:blank#")
     page.open((folder / "report.html").as_uri() + "#image=nothing&left=x&zoom=-3&split=abc")
     assert shown(page) == ["gan", "gan_ssl"]
+
+
+@in_browser
+def test_a_long_movement_changes_the_address_once(page):
+    """Safari throws after a hundred changes in thirty seconds."""
+    page.eval("window.changes = 0; history.replaceState = () => { changes++; }")
+    for _ in range(120):
+        page.press("ArrowRight")
+    page.eval("new Promise(done => setTimeout(done, 600))")
+    assert 1 <= page.eval("changes") < 50  # a slow machine may rest between two keys
 
 
 @in_browser

@@ -1,5 +1,6 @@
 """The loss outside of this repository: copied out, through torch.hub, and every code block of docs/plug_in.md."""
 
+import copy
 import importlib.util
 import os
 import re
@@ -258,6 +259,7 @@ class SRModel:
         self.ema_decay = self.opt["train"]["ema_decay"]
         self.averaged: list[float] = []
         self.cri_pix = torch.nn.L1Loss()
+        self.cri_perceptual = self.opt["train"].get("perceptual")
         self.optimizer_g = torch.optim.Adam(self.net_g.parameters())
 
     def feed_data(self, data: dict[str, torch.Tensor]) -> None:
@@ -303,16 +305,23 @@ def basicsr(monkeypatch) -> dict[str, type]:
     return registered
 
 
-def test_the_basicsr_model_of_the_document_trains_and_logs_the_named_terms(monkeypatch, basicsr):
+@pytest.mark.parametrize("with_perceptual", [False, True])
+def test_the_basicsr_model_of_the_document_trains_and_logs_the_named_terms(monkeypatch, basicsr, with_perceptual):
     run_block("BasicSR", monkeypatch)
-    model = basicsr["SRSSLModel"]({"train": {"ssl_opt": SETTINGS, "ema_decay": 0.999}})
+    perceptual = lambda output, gt: ((output - gt).square().mean(), None)  # noqa: E731
+    options = {"ssl_opt": SETTINGS, "ema_decay": 0.999, **({"perceptual": perceptual} if with_perceptual else {})}
+    model = basicsr["SRSSLModel"]({"train": options})
     gt = torch.nn.functional.interpolate(torch.rand(2, 3, 4, 4), scale_factor=4)
     model.feed_data({"lq": torch.nn.functional.avg_pool2d(gt, 2), "gt": gt})
-    before = model.net_g[0].weight.detach().clone()
+    begun = copy.deepcopy(model.net_g)
     model.optimize_parameters(1)
-    assert not torch.equal(model.net_g[0].weight, before)
-    assert list(model.log_dict) == ["l_pix", "l_ssl_l1", "l_ssl_kl"]
-    assert sum(model.log_dict.values()) == pytest.approx(model.l_total.item(), rel=1e-5)  # float32
+    assert not torch.equal(model.net_g[0].weight, begun[0].weight)
+    assert list(model.log_dict) == ["l_ssl_l1", "l_ssl_kl", "l_pix", *["l_percep"] * with_perceptual]
+    E = begun(model.lq)
+    losses = [torch.nn.functional.l1_loss(E, gt), SelfSimilarityLoss(**SETTINGS)(E, gt)]
+    losses += [perceptual(E, gt)[0]] if with_perceptual else []
+    (gradient,) = torch.autograd.grad(sum(losses), begun[0].weight)
+    torch.testing.assert_close(model.net_g[0].weight.grad, gradient, rtol=1e-4, atol=1e-5)  # float32
     _, l1, kl = SelfSimilarityLoss(**SETTINGS).parts(model.output, gt)
     assert model.log_dict["l_ssl_l1"] == pytest.approx(l1.item(), rel=1e-6) != 0
     assert model.log_dict["l_ssl_kl"] == pytest.approx(kl.item(), rel=1e-6) != 0

@@ -113,6 +113,19 @@ def test_a_folder_of_multiscale_from_before_enlarge_was_a_choice_is_gone_on_with
     assert prepare(f"{command} --enlarge", photos, tmp_path / "out") == 0
 
 
+def test_two_images_that_would_become_one_file_are_named(tmp_path):
+    for name in ("scan", "scanS"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        imsave(photograph(60, 70), str(tmp_path / "in" / f"{name}.png"))
+    with pytest.raises(UserError, match=r"scan\.png and .*scanS\.png would both become scanS\.png: rename one"):
+        prepare("multiscale --shortest 20 --min_side 20", tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert prepare("multiscale --shortest 512 --min_side 20", tmp_path / "in", tmp_path / "out") in (
+        0,
+        1,
+    )  # no S at all
+
+
 def test_multiscale_is_lanczos_and_keeps_gray_and_16_bits(tmp_path, photos):
     img = photograph(50, 61)
     imsave(img.astype(np.uint16) * 257, str(photos / "deep.png"))

@@ -180,6 +180,24 @@ def results(**means: dict[str, float]) -> SetResults:
     return SetResults("Set2", 2, ["psnr", "ssg"], means)
 
 
+def test_what_ssl_added_is_over_the_images_that_both_models_have():
+    measurer = Measurer(["psnr"], 0, "cpu")
+    report = Report(measurer, {"Set": 3}, 0)
+    for i, level in enumerate((5, 20, 80)):
+        H = photograph(40, 44, seed=i)
+        E = np.clip(H.astype(int) + level, 0, 255).astype(np.uint8)
+        report.add(report.examine("Set", i, f"{i}.png", {"gan": E, "gan_ssl": E}, H, ["gan"] * (i == 2)))
+    report.end_set("Set", True)
+    (results,) = report._sets
+    assert results.deltas() == {"gan_ssl": {"psnr": 0}}
+    assert results.means["gan"]["psnr"] > results.means["gan_ssl"]["psnr"] + 2
+    assert results.as_json()["broken"] == {"gan": ["2.png"]}
+    assert results.notes() == [
+        "Set, gan: 1 image not finite (NaN): 2.png, left out of the means.",
+        "Set: what SSL added is over the images that both models have.",
+    ]
+
+
 def test_infinite_means_are_best_and_differences_with_them_are_none():
     means = {
         "gan": {"psnr": math.inf},

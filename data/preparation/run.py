@@ -85,6 +85,10 @@ class PreparationStep(Arguments, ABC):
     def outputs(self, path: str, name: str) -> list[str]:
         """The files to make of the image ``path``, whose own name is ``name``; reads its header at most."""
 
+    def endings(self) -> Sequence[str]:
+        """What may be put behind an image's name, where it can make the name of another image."""
+        return ()
+
     def left_out(self, path: str, name: str) -> str:
         """What an image is too small for, though not bad: goes on after "3 images"; "" for nothing."""
         return ""
@@ -124,6 +128,7 @@ def prepare(step: PreparationStep, inputs: Sequence[str], output: Path, workers:
     check_settings(step.command, step.settings(), inputs, output)
     journal = _Journal(output / RECORDS) if step.keeps_records else None
     images = _images(paths, names, journal)
+    _check_names(step, images)
     if step.is_raw:
         _check_room(step, images, output, workers)
     if dry_run:
@@ -153,6 +158,19 @@ def _images(paths: Sequence[str], names: Sequence[str], journal: "_Journal | Non
         recorded = None if journal is None else frozenset(journal.files_of(name + Path(path).suffix))
         images.append(_Image(path, name, recorded))
     return images
+
+
+def _check_names(step: PreparationStep, images: Sequence[_Image]) -> None:
+    """Raise UserError where two images would become one file: ``scan.png`` with the ending S, and ``scanS.png``."""
+    of_name = {image.name: image for image in images}
+    for image in images if step.endings() else ():
+        for ending in step.endings():
+            other = of_name.get(image.name + ending)
+            if other is None or other is image:
+                continue
+            both = {*step.outputs(image.path, image.name)} & {*step.outputs(other.path, other.name)}
+            if both:
+                raise UserError(f"{image.path} and {other.path} would both become {min(both)}: rename one of them")
 
 
 def _check_room(step: PreparationStep, images: Sequence["_Image"], output: Path, workers: int) -> None:

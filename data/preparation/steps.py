@@ -87,6 +87,9 @@ class Multiscale(arguments.Multiscale, ImageStep):
                 _check_area(*size)
                 yield Product(file, img if size == (height, width) else lanczos(img, *size))
 
+    def endings(self) -> Sequence[str]:
+        return [*(f"T{i}" for i in range(len(self.factors))), self.shortest_name]
+
     def left_out(self, path: str, name: str) -> str:
         size = image_size(path)
         if not self._too_small(size):
