@@ -369,7 +369,6 @@ def test_the_slurm_script_of_the_docs_saves_and_requeues_a_run_whose_time_is_up(
     [
         (0, "datasets.train.dataroot_H=/nowhere", "there is no /nowhere"),
         (1, "datasets.train.dataroot_H=/nowhere", "there is no /nowhere"),
-        (1, "path.pretrained_netG={root}/o.json", r"o\.json"),
         (1, "netG.nonsense=1", "nonsense"),
         (1, "path.root={root}/other", "the step of the newest checkpoint is 0 for one process and 2 for another"),
         (1, "datasets.train.dataroot_H={root}/T", "items in train is 2 for one process and 3 for another"),

@@ -205,7 +205,7 @@ CASES = {
     f"{PSNR} --train.iterations=100": "unrecognized arguments: --train.iterations",
     f"{PSNR} train.iterations 100": "written key.path=value",
     f"{PSNR} train.iterations = 100": "written key.path=value",
-    f"{PSNR} --dry_run=yes": "--dry_run: ignored explicit argument 'yes'",
+    f"{PSNR} --dry_run=yes": "--dry_run/--dry-run: ignored explicit argument 'yes'",
     f"{PSNR} --dry_run datasets.train.dataroot_H=nowhere": "there is no nowhere",
     "main_train_psnr.py --opt gan.json": "train it with main_train_gan.py",
     "main_train_gan.py --opt o.json": "train it with main_train_psnr.py",

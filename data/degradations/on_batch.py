@@ -51,7 +51,7 @@ def apply_batch(img: Tensor, plans: Sequence[Sequence[Step]], generator: torch.G
 def _kind(step: Step) -> tuple[Any, ...]:
     """Steps of one kind can be applied together."""
     if isinstance(step, Resize):
-        return Resize, step.filter
+        return Resize, step.filter, step.clip  # of blind_test some are clipped
     if isinstance(step, Thin):
         return Thin, step.every
     return type(step), step.codec if isinstance(step, Jpeg) else None
