@@ -335,7 +335,7 @@ def training_figure(run: Path, path: Path) -> None:
 def _draw_panel(ax: Any, title: str, scalars: Mapping[str, tuple[NDArray[np.int64], NDArray[np.float64]]]) -> None:
     for (name, (steps, values)), colour in zip(scalars.items(), _LINES * len(scalars), strict=False):
         bare = name.partition("/")[2]
-        _curve(ax, steps, values, bare.rpartition("/")[0] or bare, colour)
+        _curve(ax, steps, values, _titled(bare.rpartition("/")[0] or bare), colour)
     if title.startswith(("generator", "gradient")):
         positive = [values[values > 0] for _, values in scalars.values()]
         if all(len(values) for values in positive):
@@ -343,7 +343,7 @@ def _draw_panel(ax: Any, title: str, scalars: Mapping[str, tuple[NDArray[np.int6
     elif title.startswith(("learning", "seconds")):
         ax.set_ylim(0, 1.1 * max(values.max() for _, values in scalars.values()))
         ax.ticklabel_format(axis="y", scilimits=(-2, 3))
-    ax.set_title(title, fontweight="bold")
+    ax.set_title(_titled(title), fontweight="bold")
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="#eceae6", lw=0.8)
     ax.set_axisbelow(True)

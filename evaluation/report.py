@@ -139,6 +139,8 @@ class SetResults:
     def _delta(self, ours: str, base: str, name: str) -> float:
         both = list(zip(self.values.get(ours, ()), self.values.get(base, ()), strict=True))
         pairs = [(a[name], b[name]) for a, b in both if name in a and name in b]
+        if not pairs and (ours in self.broken or base in self.broken):
+            return math.nan  # of a metric over sets, which are different ones
         if not pairs:
             return _difference(self.means[ours][name], self.means[base][name])
         finite = [(a, b) for a, b in pairs if math.isfinite(a) and math.isfinite(b)]
@@ -159,7 +161,8 @@ class SetResults:
             what = f"{counted(len(images), 'image')} not finite (NaN): {', '.join(images[:3])}"
             more = ", ..." if len(images) > 3 else ""
             sentences.append(f"{self.name}, {label}: {what}{more}, left out of the means.")
-        if self.values and (self.infinite or self.broken) and baselines(list(self.means)):
+        pairs = baselines(list(self.means))
+        if self.values and {*self.infinite, *self.broken} & {*pairs, *pairs.values()}:
             sentences.append(f"{self.name}: what SSL added is over the images that both models have.")
         return sentences
 

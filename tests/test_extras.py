@@ -108,6 +108,11 @@ def test_exif_that_makes_no_sense_does_not_cost_the_image(tmp_path, exif):
     path.write_bytes(raw_png(samples, 8, 2, (b"eXIf", exif)))
     np.testing.assert_array_equal(util.imread_uint(str(path)), samples)
     assert util.image_size(str(path)) == (9, 13)
+    rgba = np.dstack([samples, samples[..., 0]])
+    path.write_bytes(raw_png(rgba, 8, 6, (b"eXIf", exif)))
+    np.testing.assert_array_equal(util.read_image(str(path))[1].alpha, samples[..., 0])
+    Image.fromarray(samples.astype(np.uint8)).save(tmp_path / "a.webp", lossless=True, exif=b"Exif\0\0" + exif)
+    np.testing.assert_array_equal(util.imread_uint(str(tmp_path / "a.webp")), samples)
 
 
 @pytest.mark.parametrize(("bits", "colour"), [(1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (8, 2), (16, 2)])

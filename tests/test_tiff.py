@@ -225,6 +225,14 @@ def test_three_bands_that_are_called_gray_keep_their_alpha(tmp_path):
     np.testing.assert_array_equal(np.dstack([img, extras.alpha]), samples)
 
 
+def test_gray_with_alpha_in_front_of_other_bands_stays_gray(tmp_path):
+    samples = noise(4, 16)
+    kinds = ["unassalpha", "unspecified", "unspecified"]
+    write(tmp_path / "a.tif", samples, "minisblack", planarconfig="contig", extrasamples=kinds)
+    img, extras = util.read_image(str(tmp_path / "a.tif"), None)
+    np.testing.assert_array_equal(np.dstack([img, extras.alpha]), samples[..., :2])
+
+
 def test_more_bands_that_are_called_gray_are_refused(tmp_path):
     write(tmp_path / "a.tif", noise(5, 16), "minisblack", planarconfig="contig", extrasamples=["unspecified"] * 4)
     with pytest.raises(UserError, match=r"a\.tif has 5 bands, of which none is said to be a colour"):

@@ -25,7 +25,7 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
-from PIL import Image, ImageOps, PngImagePlugin, features
+from PIL import Image, PngImagePlugin, features
 from scipy.io import loadmat, savemat, whosmat
 from scipy.sparse import csr_array
 
@@ -428,7 +428,7 @@ def _alpha(data: NDArray[np.uint8], header: Image.Image) -> Array | None:
         return None
     bits, colour = png_kind(data)
     if bits != 16 and colour != GRAY:
-        return np.asarray(ImageOps.exif_transpose(header).convert("RGBA"))[..., 3]
+        return upright(np.asarray(header.convert("RGBA"))[..., 3], exif_orientation(header))
     # Pillow cuts 16 bits to 8, and mistakes which gray stands for transparent where there are 2 or 4 bits.
     raw: Array = np.asarray(cv2.imdecode(data, cv2.IMREAD_UNCHANGED))
     if raw.ndim == 3:
@@ -461,8 +461,10 @@ def exif_orientation(header: Image.Image | TiffFacts) -> int:
 
 def _with_pillow(image: Image.Image) -> Array:
     if image.mode.startswith("I"):  # gray of 16 bits
-        return np.asarray(ImageOps.exif_transpose(image)).astype(np.uint16)
-    return np.asarray(ImageOps.exif_transpose(image).convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+        img = np.asarray(image).astype(np.uint16)
+    else:
+        img = np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+    return upright(img, exif_orientation(image))
 
 
 def image_size(path: str) -> tuple[int, int]:

@@ -132,7 +132,9 @@ def _orientation(page: TiffPage) -> int:
 
 def _photometric(page: TiffPage) -> int:
     """Which colours the samples are. GDAL calls three bands gray with two more, unless it is told that they are RGB."""
-    return _RGB if page.photometric == _MIN_IS_BLACK and _bands(page) == 3 else int(page.photometric)
+    place = _alpha(page)
+    is_rgb = page.photometric == _MIN_IS_BLACK and _bands(page) == 3 and (place is None or place[0] == 3)
+    return _RGB if is_rgb else int(page.photometric)
 
 
 def _bands(page: TiffPage) -> int:

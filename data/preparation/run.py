@@ -168,7 +168,10 @@ def _check_names(step: PreparationStep, images: Sequence[_Image]) -> None:
             other = of_name.get(image.name + ending)
             if other is None or other is image:
                 continue
-            both = {*step.outputs(image.path, image.name)} & {*step.outputs(other.path, other.name)}
+            try:
+                both = {*step.outputs(image.path, image.name)} & {*step.outputs(other.path, other.name)}
+            except IMAGE_ERRORS:  # nothing is made of it; named when it is its turn
+                continue
             if both:
                 raise UserError(f"{image.path} and {other.path} would both become {min(both)}: rename one of them")
 
