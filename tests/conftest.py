@@ -26,6 +26,8 @@ def golden() -> Callable[[str], Any]:
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # As where a script runs the tests in the background: what they stop by Ctrl-C would go on for ever.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # by nohup
 
 
 def photograph(height: int, width: int, seed: int = 0, channels: int = 3) -> np.ndarray:
