@@ -82,10 +82,10 @@ def _nearest_scales(upsamplings: int) -> list[int]:
 def _rrdbnet_basicsr(weights: Weights) -> _Found:
     features, channels = weights["conv_first.weight"].shape[:2]
     out_channels = len(weights["conv_last.weight"])
-    # The input of scales 2 and 1 is folded by 2 and 4 before an x4 network.
     upsamplings = len(_numbers(weights, r"conv_up(\d+)\."))
+    # The published input of scales 2 and 1 is folded by 2 and 4 before an x4 network; exported networks of other scales
+    # have BasicSR's names alone.
     is_published = channels != out_channels or upsamplings == 2
-    # Others have BasicSR's names alone: exported networks of other scales.
     scales = [4 // math.isqrt(channels // out_channels)] if is_published else _nearest_scales(upsamplings)
     options = {
         "net_type": "rrdbnet_basicsr" if is_published else "rrdbnet",
@@ -283,19 +283,15 @@ def _resshift(weights: Weights) -> _Found:
     return [4 >> halvings], 3, options  # VQ-f4 halves twice; the network's own pyramid comes instead of enlarging L
 
 
-def _has(*names: str) -> Callable[[Weights], bool]:
-    return lambda weights: all(name in weights for name in names)
-
-
-def _of_esrgan_plus(weights: Weights) -> bool:
-    return "model.1.sub.0.RDB1.conv1x1.weight" in weights
+def _has(*names: str, without: str = "") -> Callable[[Weights], bool]:
+    return lambda weights: without not in weights and all(name in weights for name in names)
 
 
 _LAYOUTS: list[tuple[Callable[[Weights], bool], Callable[[Weights], _Found]]] = [
     (_has("body.0.rdb1.conv1.weight"), _rrdbnet_basicsr),
     (_has("RRDB_trunk.0.RDB1.conv1.weight"), _rrdbnet),
     (_has("model.1.sub.0.RDB1.conv1.0.weight", "f_concat.0.weight"), _spsr),
-    (lambda weights: _has("model.1.sub.0.RDB1.conv1.0.weight")(weights) and not _of_esrgan_plus(weights), _rrdb),
+    (_has("model.1.sub.0.RDB1.conv1.0.weight", without="model.1.sub.0.RDB1.conv1x1.weight"), _rrdb),  # ESRGAN+ has it
     (_has("model.1.sub.0.res.0.weight"), _msrresnet0),
     (_has("body.0.conv1.weight", "conv_hr.weight"), _msrresnet1),
     (_has("recon_trunk.0.conv1.weight", "HRconv.weight", "LRconv.weight"), _ranksrgan_srresnet),
